@@ -1,0 +1,44 @@
+# `make demo`: the main job on this machine. `make test`: lint, types, every test. Both set up what they need.
+# There is deliberately no `make clean`: build/ is a source folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test quick lint types bench oracle-vllm
+
+setup: $(VENV)/.setup-test
+
+$(VENV)/.setup-run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable ".[build,client,serve]"
+	touch $@
+
+$(VENV)/.setup-test: $(VENV)/.setup-run
+	$(PIP) --constraint constraints.txt --editable ".[build,client,serve,test]"
+	touch $@
+
+demo: $(VENV)/.setup-run
+	$(BIN)/nvlm demo
+
+lint: $(VENV)/.setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.setup-test
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest
+
+quick: lint
+	$(BIN)/pytest -m "not slow"
+
+bench: $(VENV)/.setup-test
+	set -e; for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench; done
+
+# vLLM's own NVLM-D on the CPU, in an environment of its own, as an end-to-end oracle
+oracle-vllm: $(VENV)/.setup-test
+	bash tests/oracles/vllm/setup.sh .venv-vllm
+	$(BIN)/pytest tests/oracles

@@ -1,0 +1,184 @@
+"""Artifacts: built things with a manifest of digests and provenance; written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nvlm_deploy.errors import MachineError, NvlmError
+
+MANIFEST_NAME = "manifest.json"
+EVIDENCE_LEVELS = ("measured", "contract-checked", "published", "derived", "not run")
+LICENCE_NOTE = "derived from the named checkpoint; NVLM-D-72B weights are CC-BY-NC-4.0 (non-commercial)"
+_PARTIAL = ".partial-"
+_REPLACED = "old-"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and where it came from.
+
+    `outputs` and `inputs` map names to SHA-256; `key` is the digest of inputs and settings that decides "up to date".
+    """
+
+    kind: str
+    key: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    outputs: Mapping[str, str]
+    evidence: str
+    tools: Mapping[str, str]
+    created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    licence: str = LICENCE_NOTE
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: object) -> str:
+    """SHA-256 of a value by its canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder but its manifest, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def tool_versions(distributions: Sequence[str]) -> dict[str, str]:
+    """Installed versions of the named distributions, `absent` where there is none."""
+    versions = {}
+    for name in ("nvlm-deploy", *distributions):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises NvlmError when a folder has no readable manifest."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise NvlmError(f"{folder} has no {MANIFEST_NAME}: not a finished artifact", hint="build it again")
+    try:
+        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as problem:
+        raise NvlmError(f"{path} is damaged: {problem}", hint=f"remove {folder} and build it again") from problem
+
+
+def verify(folder: Path) -> Artifact:
+    """The artifact, if every file is byte for byte what its manifest says. Raises NvlmError naming what differs."""
+    manifest = read_manifest(folder)
+    found = digests(folder)
+    missing = sorted(set(manifest.outputs) - set(found))
+    extra = sorted(set(found) - set(manifest.outputs))
+    changed = sorted(name for name in found.keys() & manifest.outputs.keys() if found[name] != manifest.outputs[name])
+    for state, names in (("missing", missing), ("changed", changed), ("not in the manifest", extra)):
+        if names:
+            raise NvlmError(f"{folder}: {', '.join(names[:5])} {state}", hint="build the artifact again with --force")
+    return Artifact(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    if manifest.evidence not in EVIDENCE_LEVELS:
+        raise ValueError(f"no evidence level {manifest.evidence!r}")
+    write_text(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside `folder` to fill, swapped into its place at the end; on any failure nothing changes.
+
+    Leftovers of killed runs are cleared first. Raises MachineError when the disk is full.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_partial(folder)
+    temporary = _partial(folder)
+    with _disk_errors(folder):
+        try:
+            temporary.mkdir()
+            yield temporary
+            old = _partial(folder, _REPLACED)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what killed runs left beside `folder`; a swap cut in the middle is put back."""
+    # digits before the name, or `cpu` would claim the leftovers of `cpu-bf16`; a swap inside a swap repeats the prefix
+    name = re.escape(folder.name)
+    ours = re.compile(f"({re.escape(_PARTIAL)}({_REPLACED})?[0-9]+-)+{name}")
+    replaced = re.compile(f"{re.escape(_PARTIAL)}{_REPLACED}[0-9]+-{name}")
+    for leftover in [path for path in folder.parent.glob(f"{_PARTIAL}*") if ours.fullmatch(path.name)]:
+        if replaced.fullmatch(leftover.name) and not folder.exists():
+            leftover.rename(folder)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _partial(path: Path, kind: str = "") -> Path:
+    """The name beside `path` for what this process has not finished or (`old-`) is about to replace."""
+    return path.with_name(f"{_PARTIAL}{kind}{os.getpid()}-{path.name}")
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write, renamed into its place at the end; on any failure removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _partial(path)
+    with _disk_errors(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Full disks surface as OSError from Python and as text from the Rust writer of safetensors."""
+    try:
+        yield
+    except NvlmError:
+        raise
+    except Exception as problem:
+        if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(problem):
+            raise MachineError(
+                f"the disk is full: writing {target} failed; nothing was changed there",
+                hint="free space (`df -h`), then run the same command again: finished steps are kept",
+            ) from problem
+        raise

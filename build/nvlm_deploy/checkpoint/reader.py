@@ -1,0 +1,178 @@
+"""Read a sharded safetensors checkpoint by tensor name; what is missing is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvlm_deploy.errors import NvlmError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# the format's own limit on a header (safetensors: MAX_HEADER_SIZE)
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies, from its shard's header. `dtype` is safetensors' name, as `BF16`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Path
+    size_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose shards are all there and whole, by their headers."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    infos: Mapping[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config.json, the index and every shard's header.
+
+        Raises NvlmError naming each missing shard, a shard shorter than its header says, and each tensor of the index
+        that its shard does not hold.
+        """
+        if not folder.is_dir():
+            raise NvlmError(f"no checkpoint folder {folder}")
+        config = read_json(folder / "config.json")
+        index = _tensor_to_shard(folder)
+        shards = sorted(set(index.values())) if index is not None else [SINGLE_NAME]
+        _require_files(folder, shards)
+        infos = {info.name: info for shard in shards for info in read_header(folder / shard)}
+        if index is not None:
+            _require_tensors(folder, index, infos)
+        return cls(folder, config, infos)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.infos)
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted({info.shard for info in self.infos.values()})
+
+    @cached_property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.infos.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises NvlmError when the checkpoint has no such tensor."""
+        if name not in self.infos:
+            raise NvlmError(f"{self.folder} has no tensor {name!r}", hint=f"`nvlm inspect {self.folder}` lists it")
+        return self.infos[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, as stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.info(name).shard, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors below a prefix, which is stripped."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; NvlmError when it is missing or not one."""
+    if not path.is_file():
+        raise NvlmError(f"no file {path.name} in {path.parent}", hint=f"fetch {path.name} again")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise NvlmError(f"{path} is not JSON: {problem}", hint=f"fetch {path.name} again") from problem
+    if not isinstance(document, dict):
+        raise NvlmError(f"{path} holds a JSON {type(document).__name__}, expected an object")
+    return document
+
+
+def read_header(shard: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, from its header alone; NvlmError when the file is shorter than it says."""
+    file_size = shard.stat().st_size
+    with shard.open("rb") as file:
+        prefix = file.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_size
+        if header_size > min(file_size - 8, _MAX_HEADER_BYTES):
+            raise _truncated(shard, file_size, header_size + 8)
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as problem:
+            raise NvlmError(f"{shard} has a damaged header: {problem}", hint=f"fetch {shard.name} again") from problem
+    header.pop("__metadata__", None)
+    data_start = 8 + header_size
+    end = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file_size != end:
+        raise _truncated(shard, file_size, end)
+    return [_info(name, entry, shard, data_start) for name, entry in header.items()]
+
+
+def _info(name: str, entry: Mapping[str, Any], shard: Path, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), shard, end - begin, data_start + begin)
+
+
+def _truncated(shard: Path, found: int, expected: int) -> NvlmError:
+    state = "truncated" if found < expected else "longer than its header says"
+    return NvlmError(
+        f"shard {shard.name} in {shard.parent} is {state}: {found:,} bytes, expected {expected:,}",
+        hint=f"fetch {shard.name} again",
+    )
+
+
+def _tensor_to_shard(folder: Path) -> dict[str, str] | None:
+    """The index, or None for a single-file checkpoint."""
+    if not (folder / INDEX_NAME).is_file():
+        if (folder / SINGLE_NAME).is_file():
+            return None
+        raise NvlmError(
+            f"no {INDEX_NAME} in {folder}", hint="fetch the safetensors files (pytorch_model-*.bin are never unpickled)"
+        )
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise NvlmError(f"{folder / INDEX_NAME} has no weight_map", hint=f"fetch {INDEX_NAME} again")
+    return {str(name): str(shard) for name, shard in weight_map.items()}
+
+
+def _require_files(folder: Path, shards: Iterable[str]) -> None:
+    """A shard name comes from a file a stranger wrote: it may not lead out of the folder."""
+    shards = list(shards)
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise NvlmError(f"{INDEX_NAME} names a shard outside the folder: {outside[0]}")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise NvlmError(
+            f"{len(missing)} of {len(shards)} shards missing in {folder}: {listed}",
+            hint=f"fetch the missing files, then `nvlm inspect {folder}`",
+        )
+
+
+def _require_tensors(folder: Path, index: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:
+    missing = [name for name, shard in index.items() if name not in infos or infos[name].shard.name != shard]
+    if missing:
+        raise NvlmError(
+            f"{len(missing)} tensor(s) of the index are not in their shard, first {missing[0]} "
+            f"({index[missing[0]]} in {folder})",
+            hint=f"fetch {index[missing[0]]} and {INDEX_NAME} again: they are of different versions",
+        )

@@ -1,0 +1,348 @@
+"""What a TensorRT-LLM checkpoint of a Qwen2 decoder holds: config.json, each rank's tensors, and which rows a rank has.
+
+The one description from which writing, checking and merging all follow; source: contract section A. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.spec import DecoderSpec
+
+FP8 = "FP8"
+WEIGHTS_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
+# only enters log-n attention scaling, which Qwen2 does not use, but the reader has no default (contract A.3)
+SEQUENCE_LENGTH = 8192
+_LAYER_PREFIX = "transformer.layers."
+
+
+class Split(Enum):
+    """How the tensor-parallel ranks share a tensor (contract A.8)."""
+
+    WHOLE = "every rank has all of it"
+    ROWS = "equal runs of axis 0"
+    COLUMNS = "equal runs of axis 1"
+    VOCABULARY = "runs of ceil(vocabulary / ranks) rows, zeros after the last"
+    QKV = "each rank's own query, key and value heads; key and value heads repeated when ranks outnumber them"
+
+    @property
+    def axis(self) -> int:
+        return 1 if self is Split.COLUMNS else 0
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Tensor-parallel ranks within each of the pipeline's stages; rank = stage * tensor + tensor rank."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline
+
+    def stage_layers(self, layers: int, stage: int) -> range:
+        """Global layer indices of a stage; the first stages take the rest, as torch.tensor_split does."""
+        size, rest = divmod(layers, self.pipeline)
+        start = stage * size + min(stage, rest)
+        return range(start, start + size + (stage < rest))
+
+
+SINGLE = Parallelism()
+
+
+@dataclass(frozen=True)
+class LayoutTensor:
+    """One tensor as it is without parallelism; `dtype` is safetensors' name.
+
+    `sources` are the Hugging Face tensors whose rows, one after the other, are its rows; none for a scale.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    split: Split = Split.WHOLE
+    sources: tuple[str, ...] = ()
+
+    def held(self, spec: DecoderSpec, tensor_rank: int, tensor_parallel: int) -> list[range]:
+        """Runs along the split axis that a rank has, in its order; a run that passes the end is padded with zeros."""
+        extent = self.shape[self.split.axis]
+        if self.split is Split.WHOLE:
+            return [range(extent)]
+        if self.split is Split.QKV:
+            return _held_heads(spec, tensor_rank, tensor_parallel)
+        size = -(-extent // tensor_parallel)
+        return [range(tensor_rank * size, (tensor_rank + 1) * size)]
+
+    def source_rows(self, spec: DecoderSpec) -> list[int]:
+        """Rows that each of `sources` gives."""
+        if self.split is Split.QKV:
+            return [heads * spec.head_size for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+        return [self.shape[0]]
+
+    def shape_on_rank(self, spec: DecoderSpec, tensor_rank: int, tensor_parallel: int) -> tuple[int, ...]:
+        shape = list(self.shape)
+        shape[self.split.axis] = sum(len(run) for run in self.held(spec, tensor_rank, tensor_parallel))
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything config.json decides about the rank files. Raises NvlmError for a split the model does not allow."""
+
+    spec: DecoderSpec
+    quant_algo: str | None = None
+    parallelism: Parallelism = SINGLE
+
+    def __post_init__(self) -> None:
+        if self.quant_algo not in (None, FP8):
+            raise NvlmError(f"quant_algo is {self.quant_algo!r}; supported: 'FP8' and null")
+        spec = self.spec
+        heads = f"{spec.heads} heads, {spec.kv_heads} key/value heads and intermediate size {spec.intermediate_size}"
+        _require_legal("tensor_parallel", self.parallelism.tensor, legal_tensor_parallel(spec), heads)
+        stages = list(range(1, spec.layers + 1))
+        _require_legal("pipeline_parallel", self.parallelism.pipeline, stages, f"{spec.layers} layers")
+
+    def layer(self, index: int) -> list[LayoutTensor]:
+        """Tensors of the layer with this number in the whole decoder."""
+        source = f"model.layers.{index}."
+        return [
+            LayoutTensor(
+                f"{_LAYER_PREFIX}{index}.{tensor.name}",
+                tensor.dtype,
+                tensor.shape,
+                tensor.split,
+                tuple(source + name for name in tensor.sources),
+            )
+            for tensor in _layer_tensors(self.spec, quantised=self.quant_algo == FP8)
+        ]
+
+    @property
+    def before_layers(self) -> list[LayoutTensor]:
+        """Of the first stage."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        return [_bf16("transformer.vocab_embedding.weight", shape, Split.VOCABULARY, "model.embed_tokens.weight")]
+
+    @property
+    def after_layers(self) -> list[LayoutTensor]:
+        """Of the last stage. A tied head is written out: stages cannot share it with the embedding."""
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        head = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
+        return [
+            _bf16("transformer.ln_f.weight", shape[1:], Split.WHOLE, "model.norm.weight"),
+            _bf16("lm_head.weight", shape, Split.VOCABULARY, head),
+        ]
+
+    @property
+    def tensors(self) -> list[LayoutTensor]:
+        """All, in the order of the computation."""
+        layers = [tensor for index in range(self.spec.layers) for tensor in self.layer(index)]
+        return self.before_layers + layers + self.after_layers
+
+    def stage_of(self, name: str) -> int:
+        """The pipeline stage that has a tensor."""
+        index = _layer_index(name)
+        if index is None:
+            return 0 if name == self.before_layers[0].name else self.parallelism.pipeline - 1
+        stages = range(self.parallelism.pipeline)
+        return next(stage for stage in stages if index in self.parallelism.stage_layers(self.spec.layers, stage))
+
+    def name_on_stage(self, name: str) -> str:
+        """Layers are numbered from 0 within each stage's files."""
+        index = _layer_index(name)
+        if index is None:
+            return name
+        start = self.parallelism.stage_layers(self.spec.layers, self.stage_of(name)).start
+        return name.replace(f"{_LAYER_PREFIX}{index}.", f"{_LAYER_PREFIX}{index - start}.", 1)
+
+    def ranks_of(self, name: str) -> range:
+        """The ranks that have a tensor or their part of it, in tensor-parallel order."""
+        first = self.stage_of(name) * self.parallelism.tensor
+        return range(first, first + self.parallelism.tensor)
+
+    def rank_tensors(self, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of exactly what `rank{rank}.safetensors` must hold."""
+        tensor_rank = rank % self.parallelism.tensor
+        return {
+            self.name_on_stage(tensor.name): (
+                tensor.dtype,
+                tensor.shape_on_rank(self.spec, tensor_rank, self.parallelism.tensor),
+            )
+            for tensor in self.tensors
+            if rank in self.ranks_of(tensor.name)
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json: every key of contract A.3, because several of the reader's defaults are wrong for Qwen2."""
+        return {**_FIXED, **_numbers(self.spec), **_sections(self.quant_algo, self.parallelism)}
+
+
+def rank_file(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+def legal_tensor_parallel(spec: DecoderSpec) -> list[int]:
+    """Rank counts that share heads and MLP channels equally; key/value heads divide or are repeated evenly."""
+    return [
+        ranks
+        for ranks in range(1, spec.heads + 1)
+        if spec.heads % ranks == 0
+        and spec.intermediate_size % ranks == 0
+        and (spec.kv_heads % ranks == 0 or ranks % spec.kv_heads == 0)
+    ]
+
+
+def layout_from_config(config: Mapping[str, Any]) -> Layout:
+    """The layout that writes this config.json; unknown top-level keys are let through, as TensorRT-LLM's reader does.
+
+    Raises NvlmError for a key of contract A.3 that is missing or has a value this project does not write.
+    """
+    try:
+        mapping, quantization = config["mapping"], config["quantization"]
+        parallelism = Parallelism(int(mapping["tp_size"]), int(mapping["pp_size"]))
+        layout = Layout(_spec_from_config(config), quantization["quant_algo"], parallelism)
+    except KeyError as missing:
+        raise NvlmError(f"config.json has no key {missing}", hint="write the checkpoint again") from missing
+    except (TypeError, ValueError) as problem:
+        raise NvlmError(f"config.json is not of a TensorRT-LLM checkpoint: {problem}") from problem
+    for key, expected in layout.config.items():
+        _require_equal(config, key, expected)
+    return layout
+
+
+def _require_equal(config: Mapping[str, Any], key: str, expected: object) -> None:
+    if key not in config:
+        raise NvlmError(f"config.json has no key {key!r}", hint="write the checkpoint again")
+    if config[key] != expected:
+        raise NvlmError(f"config.json: {key} is {config[key]!r}, expected {expected!r}")
+
+
+def _require_legal(what: str, value: int, legal: list[int], of: str) -> None:
+    if value not in legal:
+        raise NvlmError(f"{what} {value} cannot share {of}", hint=f"legal: {', '.join(map(str, legal))}")
+
+
+def _bf16(name: str, shape: tuple[int, ...], split: Split, *sources: str) -> LayoutTensor:
+    return LayoutTensor(name, "BF16", shape, split, sources)
+
+
+def _layer_tensors(spec: DecoderSpec, *, quantised: bool) -> Iterator[LayoutTensor]:
+    """Tensors of one layer, named within it (contract A.5).
+
+    `mlp.fc` is Hugging Face's gate_proj and `mlp.gate` its up_proj: swapping them goes unnoticed and ruins the output.
+    """
+    hidden, inner, queries = spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_size
+    fused = queries + 2 * spec.kv_heads * spec.head_size
+    projections = [f"self_attn.{which}_proj" for which in "qkv"]
+    yield _bf16("input_layernorm.weight", (hidden,), Split.WHOLE, "input_layernorm.weight")
+    yield _bf16("attention.qkv.bias", (fused,), Split.QKV, *(f"{name}.bias" for name in projections))
+    yield _bf16("post_layernorm.weight", (hidden,), Split.WHOLE, "post_attention_layernorm.weight")
+    linears: list[tuple[str, tuple[int, int], Split, list[str]]] = [
+        ("attention.qkv", (fused, hidden), Split.QKV, projections),
+        ("attention.dense", (hidden, queries), Split.COLUMNS, ["self_attn.o_proj"]),
+        ("mlp.fc", (inner, hidden), Split.ROWS, ["mlp.gate_proj"]),
+        ("mlp.gate", (inner, hidden), Split.ROWS, ["mlp.up_proj"]),
+        ("mlp.proj", (hidden, inner), Split.COLUMNS, ["mlp.down_proj"]),
+    ]
+    for name, shape, split, sources in linears:
+        dtype = "F8_E4M3" if quantised else "BF16"
+        yield LayoutTensor(f"{name}.weight", dtype, shape, split, tuple(f"{source}.weight" for source in sources))
+        if quantised:
+            yield LayoutTensor(f"{name}.{WEIGHTS_SCALE}", "F32", (1,))
+            yield LayoutTensor(f"{name}.{ACTIVATION_SCALE}", "F32", (1,))
+
+
+def _held_heads(spec: DecoderSpec, tensor_rank: int, tensor_parallel: int) -> list[range]:
+    """A rank's rows of the fused projection, whose rows are all q, then all k, then all v."""
+    queries, keys = spec.heads // tensor_parallel, max(1, spec.kv_heads // tensor_parallel)
+    first_key = tensor_rank * spec.kv_heads // tensor_parallel
+    runs = [
+        (tensor_rank * queries, queries),
+        (spec.heads + first_key, keys),
+        (spec.heads + spec.kv_heads + first_key, keys),
+    ]
+    return [range(first * spec.head_size, (first + heads) * spec.head_size) for first, heads in runs]
+
+
+def _layer_index(name: str) -> int | None:
+    if not name.startswith(_LAYER_PREFIX):
+        return None
+    return int(name.removeprefix(_LAYER_PREFIX).split(".", 1)[0])
+
+
+_FIXED: dict[str, Any] = {
+    "architecture": "Qwen2ForCausalLM",
+    "dtype": "bfloat16",
+    "logits_dtype": "float32",
+    "hidden_act": "silu",
+    "position_embedding_type": "rope_gpt_neox",
+    "rotary_scaling": None,
+    "qwen_type": "qwen2",
+    "seq_length": SEQUENCE_LENGTH,
+    "attn_bias": True,
+    "mlp_bias": False,
+    "use_logn_attn": False,
+    "disable_weight_only_quant_plugin": False,
+    "num_labels": 1,
+    "qk_layernorm": False,
+    "use_parallel_embedding": True,
+    "embedding_sharding_dim": 0,
+}
+
+
+def _numbers(spec: DecoderSpec) -> dict[str, Any]:
+    return {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_size": spec.head_size,
+        "intermediate_size": spec.intermediate_size,
+        "norm_epsilon": spec.norm_epsilon,
+        "max_position_embeddings": spec.max_positions,
+        "rotary_base": spec.rotary_base,
+        "rotary_embedding_dim": spec.head_size,
+        "tie_word_embeddings": spec.tied_embeddings,
+    }
+
+
+def _spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        if int(config[key]) < 1:
+            raise NvlmError(f"config.json: {key} is {config[key]}, expected at least 1")
+    return DecoderSpec(
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=int(config["num_attention_heads"]),
+        kv_heads=int(config["num_key_value_heads"]),
+        norm_epsilon=float(config["norm_epsilon"]),
+        rotary_base=float(config["rotary_base"]),
+        max_positions=int(config["max_position_embeddings"]),
+        tied_embeddings=bool(config["tie_word_embeddings"]),
+    )
+
+
+def _sections(quant_algo: str | None, parallelism: Parallelism) -> dict[str, Any]:
+    """A list of excluded modules replaces TensorRT-LLM's own, so it must name lm_head (contract A.4)."""
+    return {
+        "mapping": {
+            "world_size": parallelism.world_size,
+            "tp_size": parallelism.tensor,
+            "pp_size": parallelism.pipeline,
+            "cp_size": 1,
+            "gpus_per_node": 8,
+        },
+        "quantization": {
+            "quant_algo": quant_algo,
+            "kv_cache_quant_algo": None,
+            "exclude_modules": ["lm_head"] if quant_algo else None,
+        },
+    }

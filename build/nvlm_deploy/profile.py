@@ -1,0 +1,112 @@
+"""Profile: what we choose (engines/profiles/*.toml). What the planner can derive is not written down."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from nvlm_deploy.errors import NvlmError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VisionChoice(_Section):
+    """How the vision tower runs; the precision is in the ONNX graph."""
+
+    runtime: Literal["onnxruntime"]
+    precision: Literal["fp32"]
+
+
+class DecoderChoice(_Section):
+    """How the decoder runs. `none` keeps BF16 weights."""
+
+    runtime: Literal["reference"]
+    quantization: Literal["fp8", "none"]
+    kv_cache: Literal["16bit"] = "16bit"
+    tensor_parallel: PositiveInt = 1
+    pipeline_parallel: PositiveInt = 1
+    max_batch_size: PositiveInt
+    max_seq_len: PositiveInt
+
+
+class CalibrationChoice(_Section):
+    """How many samples of the calibration list are used."""
+
+    samples: PositiveInt
+
+
+class ServingChoice(_Section):
+    """What a request may ask for; `wrapper` is the chat turn around the question (model/prompt.py)."""
+
+    wrapper: Literal["chat", "chat_template", "raw"] = "chat"
+    max_images: PositiveInt = 16
+    default_max_tokens: PositiveInt = 128
+
+
+class Profile(_Section):
+    """One way to build and serve the model."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str
+    sku: str
+    vision: VisionChoice
+    decoder: DecoderChoice
+    calibration: CalibrationChoice
+    serving: ServingChoice = ServingChoice()
+
+
+def profile_folder() -> Path:
+    """The profiles shipped with the package: beside it in a checkout, inside it in a wheel."""
+    here = Path(__file__).resolve().parent
+    shipped = here / "data" / "profiles"
+    return shipped if shipped.is_dir() else here.parents[1] / "engines" / "profiles"
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A shipped profile by name, or any profile by the path of its .toml file.
+
+    Raises NvlmError for an unknown name, an unknown key (naming the nearest known one) or a value out of range.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = profile_folder() / f"{name_or_path}.toml"
+        if not path.is_file():
+            names = sorted(file.stem for file in profile_folder().glob("*.toml"))
+            raise NvlmError(f"no profile {name_or_path!r}", hint=f"there are: {', '.join(names)}")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NvlmError(f"no profile file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise NvlmError(f"{path} is not TOML: {problem}") from problem
+    try:
+        return Profile.model_validate({"name": path.stem, **document})
+    except ValidationError as problem:
+        raise NvlmError(*_explained(path, problem)) from None
+
+
+def _explained(path: Path, problem: ValidationError) -> tuple[str]:
+    return (f"{path}: " + "; ".join(_one_error(dict(error)) for error in problem.errors()),)
+
+
+def _one_error(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{_nearest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"key {place!r} is missing"
+    return f"{place} is {error['input']!r}: {error['msg'].lower()}"
+
+
+def _nearest(location: tuple[str, ...]) -> str:
+    section: Any = Profile
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    close = difflib.get_close_matches(location[-1], list(section.model_fields), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f" (there are: {', '.join(section.model_fields)})"

@@ -1,0 +1,178 @@
+"""The steps from a checkpoint to an assembled Triton repository, for one profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.inventory import require_tensors
+from nvlm_deploy.model.prompt import PromptBuilder
+from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
+from nvlm_deploy.pipeline import Pipeline, State, Step
+from nvlm_deploy.profile import Profile
+from nvlm_deploy.sample_embeddings import SampleEmbedder
+from nvlm_deploy.samples import Sample, read_samples
+
+if TYPE_CHECKING:
+    from nvlm_deploy.llm.calibrate import CalibrationResult
+    from nvlm_deploy.triton.ensemble import ServingChoices
+
+TOKENIZER_NAME = "tokenizer.json"
+KV_CACHE_DTYPES = {"16bit": "bfloat16"}
+STEP_NAMES = ("export-vision", "quantize-llm", "assemble")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One checkpoint, one profile, and where everything made from them lies."""
+
+    checkpoint_folder: Path
+    profile: Profile
+    workspace: Path
+    calibration_folder: Path | None = None
+
+    @property
+    def vision_folder(self) -> Path:
+        return self.workspace / "engines" / self.profile.name / "vision"
+
+    @property
+    def decoder_folder(self) -> Path:
+        return self.workspace / "engines" / self.profile.name / "decoder"
+
+    @property
+    def repository(self) -> Path:
+        return self.workspace / "triton_repo" / self.profile.name
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.checkpoint_folder)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """Facts of the checkpoint; every tensor's presence and shape is judged here, before a step starts."""
+        spec = spec_from_checkpoint(self.checkpoint)
+        require_tensors(self.checkpoint, spec)
+        return spec
+
+    @property
+    def tokenizer(self) -> Path:
+        path = self.checkpoint_folder / TOKENIZER_NAME
+        if not path.is_file():
+            raise NvlmError(
+                f"no {TOKENIZER_NAME} in {self.checkpoint_folder}", hint="fetch the tokenizer files as well"
+            )
+        return path
+
+    def pipeline(self) -> Pipeline:
+        """The steps in order. Raises NvlmError when the checkpoint or the calibration folder is not usable."""
+        self._require_inputs()
+        makers: Mapping[str, Callable[[], Step]] = {
+            "export-vision": self._export_vision,
+            "quantize-llm": self._quantize_llm,
+            "assemble": self._assemble,
+        }
+        return Pipeline(self.workspace / "engines" / self.profile.name / ".lock", makers)
+
+    def run(self, *, force: bool = False, only: str | None = None) -> Iterator[tuple[Step, State]]:
+        return self.pipeline().run(force=force, only=only)
+
+    def _require_inputs(self) -> None:
+        _ = self.spec, self.tokenizer
+        if self.profile.decoder.quantization != "none":
+            self._samples()
+
+    def _checkpoint_inputs(self) -> dict[str, Path]:
+        shards = {shard.name: shard for shard in self.checkpoint.shards}
+        return {"config.json": self.checkpoint_folder / "config.json", **shards}
+
+    def _export_vision(self) -> Step:
+        precision = self.profile.vision.precision
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            from nvlm_deploy.vision.export import onnx_from_checkpoint
+
+            onnx_from_checkpoint(self.checkpoint, self.spec, folder, precision=precision)
+            return {}
+
+        tools = ("torch", "onnx", "onnxruntime")
+        return Step(
+            "export-vision", self.vision_folder, self._checkpoint_inputs(), {"precision": precision}, make, tools
+        )
+
+    def _quantize_llm(self) -> Step:
+        choice = self.profile.decoder
+        inputs = self._checkpoint_inputs()
+        settings = choice.model_dump(include={"quantization", "kv_cache", "tensor_parallel", "pipeline_parallel"})
+        if choice.quantization != "none":
+            inputs |= {"vision": self.vision_folder, "calibration": self._calibration()}
+            settings |= {"calibration samples": len(self._samples()), "wrapper": self.profile.serving.wrapper}
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            from nvlm_deploy.checkpoint.trtllm_layout import Parallelism
+            from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
+
+            trtllm_checkpoint_from(
+                self.checkpoint,
+                self.spec,
+                folder,
+                calibration=None if choice.quantization == "none" else self._calibrated(),
+                parallelism=Parallelism(choice.tensor_parallel, choice.pipeline_parallel),
+            )
+            return {}
+
+        return Step("quantize-llm", self.decoder_folder, inputs, settings, make, ("torch", "safetensors"))
+
+    def _assemble(self) -> Step:
+        inputs = {"vision": self.vision_folder, "decoder": self.decoder_folder, TOKENIZER_NAME: self.tokenizer}
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            from nvlm_deploy.triton.repository import RepositorySources, write_repository
+
+            sources = RepositorySources(self.vision_folder, self.decoder_folder, self.tokenizer, self.spec)
+            write_repository(folder, sources, self._serving_choices())
+            return {}
+
+        return Step("assemble", self.repository, inputs, self.profile.model_dump(), make, ("tritonclient",))
+
+    def _serving_choices(self) -> ServingChoices:
+        from nvlm_deploy.triton.ensemble import ServingChoices
+
+        decoder, serving = self.profile.decoder, self.profile.serving
+        return ServingChoices(
+            max_batch_size=decoder.max_batch_size,
+            max_seq_len=decoder.max_seq_len,
+            max_images=serving.max_images,
+            default_max_tokens=serving.default_max_tokens,
+            prompt_wrapper=serving.wrapper,
+            kv_cache_dtype=KV_CACHE_DTYPES[decoder.kv_cache],
+        )
+
+    def _calibration(self) -> Path:
+        if self.calibration_folder is None:
+            raise NvlmError(
+                f"profile {self.profile.name!r} quantises to {self.profile.decoder.quantization}: it needs samples",
+                hint="--calibration FOLDER with samples.jsonl and images like those of your users",
+            )
+        return self.calibration_folder
+
+    def _samples(self) -> list[Sample]:
+        return read_samples(self._calibration(), limit=self.profile.calibration.samples)
+
+    def _calibrated(self) -> CalibrationResult:
+        """amax values of the decoder's linears over the samples, images through the exported vision encoder."""
+        from nvlm_deploy.llm.calibrate import calibrate
+        from nvlm_deploy.vision.engine import OnnxRuntimeEngine
+
+        embedder = SampleEmbedder(
+            PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper),
+            self.spec.tiling,
+            OnnxRuntimeEngine(self.vision_folder / "vision.onnx"),
+            self.checkpoint.tensor("language_model.model.embed_tokens.weight").float(),
+        )
+        embeddings = [embedder.prompt_and_answer(sample) for sample in self._samples()]
+        return calibrate(self.checkpoint, self.spec, embeddings)

@@ -1,0 +1,71 @@
+"""A Sample as the decoder sees it: token embeddings with the visual ones in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.prompt import PromptBuilder
+from nvlm_deploy.model.spec import IM_END, TilingSpec
+from nvlm_deploy.model.tiling import open_image, tiles_from_image
+from nvlm_deploy.samples import Sample
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+
+@dataclass(frozen=True)
+class SampleEmbedder:
+    """Everything between a sample and the decoder's first layer.
+
+    `encode` is a vision engine: uint8 [tiles, H, W, 3] -> float32 [tiles, tokens, hidden]; `table` is the decoder's
+    embedding table [vocab, hidden].
+    """
+
+    prompts: PromptBuilder
+    tiling: TilingSpec
+    encode: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    table: torch.Tensor
+
+    def prompt(self, sample: Sample) -> torch.Tensor:
+        """Embeddings [tokens, hidden] of the prompt, in the table's type."""
+        images = self._tiles(sample)
+        return self._with_visual_rows(self._ids(sample, images), images)
+
+    def prompt_ids(self, sample: Sample) -> list[int]:
+        """Token ids of the prompt; visual positions hold the id of `<|vision_pad|>`."""
+        return self._ids(sample, self._tiles(sample))
+
+    def prompt_and_answer(self, sample: Sample) -> torch.Tensor:
+        """As `prompt`, with the reference answer behind it, so that calibration sees what generation will."""
+        answer = self.prompts.tokenizer.encode(sample.answer + IM_END, add_special_tokens=False).ids
+        return self._joined(self.prompt(sample), answer)
+
+    def _tiles(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
+        return [tiles_from_image(open_image(path.read_bytes()), self.tiling) for path in sample.images]
+
+    def _ids(self, sample: Sample, images: list[npt.NDArray[np.uint8]]) -> list[int]:
+        return self.prompts.ids(sample.question, [len(tiles) for tiles in images])
+
+    def _joined(self, prompt: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        import torch
+
+        return torch.cat([prompt, self.table[torch.tensor(ids)]])
+
+    def _with_visual_rows(self, ids: list[int], images: list[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        import torch
+
+        tokens = torch.tensor(ids)
+        embeddings = self.table[tokens]
+        places = tokens == self.prompts.pad_token_id
+        if not images:
+            return embeddings
+        rows = torch.cat([torch.from_numpy(self.encode(tiles)).flatten(0, 1) for tiles in images])
+        if len(rows) != int(places.sum()):
+            raise NvlmError(f"{len(rows)} visual tokens for {int(places.sum())} places in the prompt")
+        embeddings[places] = rows.to(embeddings.dtype)
+        return embeddings

@@ -1,0 +1,62 @@
+"""Sample: images, a question and reference answers; read from a folder with `samples.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nvlm_deploy.errors import NvlmError
+
+SAMPLES_NAME = "samples.jsonl"
+
+
+class Sample(BaseModel):
+    """One question about zero or more images, a line of `samples.jsonl`; image paths are relative to its folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: str
+    answer: str
+    task: str = "all"
+    images: tuple[Path, ...] = ()
+
+
+def read_samples(folder: Path, *, limit: int | None = None) -> list[Sample]:
+    """The samples of a folder in file order, image paths made absolute.
+
+    Raises NvlmError naming the line that cannot be read or the image that is not there.
+    """
+    path = folder / SAMPLES_NAME
+    if not path.is_file():
+        raise NvlmError(
+            f"no {SAMPLES_NAME} in {folder}", hint='one JSON object per line: {"question", "answer", "images"}'
+        )
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    samples = [_sample(folder, number, line) for number, line in enumerate(lines[:limit], start=1)]
+    if not samples:
+        raise NvlmError(f"{path} holds no samples")
+    return samples
+
+
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
+    """Write `samples.jsonl`; image paths inside the folder become relative."""
+    rows = [sample.model_dump(mode="json") for sample in samples]
+    for row in rows:
+        row["images"] = [Path(image).relative_to(folder).as_posix() for image in row["images"]]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / SAMPLES_NAME).write_text(text, encoding="utf-8")
+
+
+def _sample(folder: Path, number: int, line: str) -> Sample:
+    try:
+        sample = Sample.model_validate_json(line)
+    except ValidationError as problem:
+        raise NvlmError(f"{folder / SAMPLES_NAME} line {number}: {problem.errors()[0]['msg']}") from None
+    images = tuple(folder / image for image in sample.images)
+    for image in images:
+        if not image.is_file():
+            raise NvlmError(f"{folder / SAMPLES_NAME} line {number}: no image {image}")
+    return sample.model_copy(update={"images": images})

@@ -1,0 +1,1 @@
+"""Triton from the outside: configs as data, the ensemble's wiring, the assembled repository, the running server."""

@@ -1,0 +1,161 @@
+"""The five models of the ensemble `nvlm`: their configs, made from the tensors' own descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nvlm_deploy import tensors
+from nvlm_deploy.model.spec import ModelSpec
+from nvlm_deploy.model.tiling import MAX_PIXELS
+from nvlm_deploy.tensors import TensorSpec
+from nvlm_deploy.triton.pbtxt import DynamicBatching, EnsembleStep, ModelConfig, TensorConfig
+from nvlm_deploy.triton.wiring import require_wired
+
+ENSEMBLE, PREPROCESSING, VISION, DECODER, POSTPROCESSING = (
+    "nvlm",
+    "preprocessing",
+    "vision_encoder",
+    "tensorrt_llm",
+    "postprocessing",
+)
+PYTHON_MODELS = (PREPROCESSING, VISION, DECODER, POSTPROCESSING)
+
+
+@dataclass(frozen=True)
+class ServingChoices:
+    """What an operator chooses about serving; all lengths in tokens."""
+
+    max_batch_size: int = 8
+    max_seq_len: int = 1024
+    max_images: int = 16
+    default_max_tokens: int = 128
+    prompt_wrapper: str = "chat"
+    max_num_tokens: int = 8192
+    max_waiting_requests: int = 1024
+    max_pixels: int = MAX_PIXELS
+    max_tiles_per_run: int = 16
+    compute_dtype: str = "float32"
+    kv_cache_dtype: str = "float32"
+    threads: int = 1
+
+
+def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest: str) -> tuple[ModelConfig, ...]:
+    """The configs of all five models, cross-checked; `vision_digest` names the encoder in KV-cache keys."""
+    configs = (
+        _preprocessing(spec, choices, vision_digest),
+        _vision_encoder(spec, choices),
+        _decoder(spec, choices),
+        _postprocessing(spec),
+        _ensemble(),
+    )
+    require_wired(configs)
+    return configs
+
+
+def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str) -> ModelConfig:
+    parameters = {
+        "max_seq_len": choices.max_seq_len,
+        "max_images": choices.max_images,
+        "default_max_tokens": choices.default_max_tokens,
+        "max_pixels": choices.max_pixels,
+        "prompt_wrapper": choices.prompt_wrapper,
+        "vision_digest": vision_digest,
+    }
+    outputs = (_tiles(spec), *tensors.PREPARED_FOR_DECODER)
+    return _python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters)
+
+
+def _vision_encoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
+    parameters = {
+        "hidden_size": spec.decoder.hidden_size,
+        "max_tiles_per_run": choices.max_tiles_per_run,
+        "threads": choices.threads,
+    }
+    outputs = tuple(output.with_axes(hidden=spec.decoder.hidden_size) for output in tensors.PROMPT_TABLE)
+    return _python_model(VISION, (_tiles(spec),), outputs, parameters)
+
+
+def _decoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
+    """The C++ backend's whole interface, whichever decoder is behind it."""
+    ragged = {tensors.INPUT_IDS.name, tensors.PROMPT_EMBEDDING_TABLE.name}
+    hidden = spec.decoder.hidden_size
+    parameters = {
+        "max_batch_size": choices.max_batch_size,
+        "max_seq_len": choices.max_seq_len,
+        "max_num_tokens": choices.max_num_tokens,
+        "max_waiting_requests": choices.max_waiting_requests,
+        "compute_dtype": choices.compute_dtype,
+        "kv_cache_dtype": choices.kv_cache_dtype,
+        "threads": choices.threads,
+    }
+    return ModelConfig(
+        name=DECODER,
+        backend="python",
+        max_batch_size=choices.max_batch_size,
+        inputs=tuple(
+            TensorConfig.from_spec(tensor.with_axes(hidden=hidden), ragged=tensor.name in ragged)
+            for tensor in tensors.DECODER_INPUTS
+        ),
+        outputs=tuple(TensorConfig.from_spec(tensor) for tensor in tensors.DECODER_OUTPUTS),
+        parameters=_as_text(parameters),
+        decoupled=True,
+        batching=DynamicBatching(),
+    )
+
+
+def _postprocessing(spec: ModelSpec) -> ModelConfig:
+    parameters = {"end_id": spec.prompt.eos_token_id}
+    return _python_model(POSTPROCESSING, tensors.DECODED, tensors.RESPONSE_OUTPUTS, parameters)
+
+
+def _ensemble() -> ModelConfig:
+    """An inner tensor is called `<model that makes it>.<its name>`; outer ones keep their names."""
+    decoder_inputs = {
+        **{spec.name: f"{PREPROCESSING}.{spec.name}" for spec in tensors.PREPARED_FOR_DECODER},
+        **{spec.name: f"{VISION}.{spec.name}" for spec in tensors.PROMPT_TABLE},
+    }
+    prepared = (tensors.TILES, *tensors.PREPARED_FOR_DECODER)
+    steps = (
+        _step(PREPROCESSING, _same_names(tensors.REQUEST_INPUTS), _made_by(PREPROCESSING, prepared)),
+        _step(VISION, _made_by(PREPROCESSING, (tensors.TILES,)), _made_by(VISION, tensors.PROMPT_TABLE)),
+        _step(DECODER, decoder_inputs, _made_by(DECODER, tensors.DECODED)),
+        _step(POSTPROCESSING, _made_by(DECODER, tensors.DECODED), _same_names(tensors.RESPONSE_OUTPUTS)),
+    )
+    inputs = tuple(TensorConfig.from_spec(spec) for spec in tensors.REQUEST_INPUTS)
+    outputs = tuple(TensorConfig.from_spec(spec) for spec in tensors.RESPONSE_OUTPUTS)
+    return ModelConfig(ENSEMBLE, "", 0, inputs, outputs, steps=steps)
+
+
+def _python_model(
+    name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], parameters: Mapping[str, object]
+) -> ModelConfig:
+    """A model that takes one request at a time: tile counts vary, so requests are not joined by Triton."""
+    return ModelConfig(
+        name=name,
+        backend="python",
+        max_batch_size=0,
+        inputs=tuple(TensorConfig.from_spec(spec) for spec in inputs),
+        outputs=tuple(TensorConfig.from_spec(spec) for spec in outputs),
+        parameters=_as_text(parameters),
+    )
+
+
+def _as_text(parameters: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, str(value)) for key, value in parameters.items()))
+
+
+def _tiles(spec: ModelSpec) -> TensorSpec:
+    return tensors.TILES.with_axes(height=spec.tiling.tile_size, width=spec.tiling.tile_size)
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> EnsembleStep:
+    return EnsembleStep(model, tuple(sorted(inputs.items())), tuple(sorted(outputs.items())))
+
+
+def _same_names(specs: Sequence[TensorSpec]) -> dict[str, str]:
+    return {spec.name: spec.name for spec in specs}
+
+
+def _made_by(model: str, specs: Sequence[TensorSpec]) -> dict[str, str]:
+    return {spec.name: f"{model}.{spec.name}" for spec in specs}

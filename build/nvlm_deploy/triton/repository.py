@@ -1,0 +1,105 @@
+"""The model repository: five folders that Triton can load, and that can be moved or copied as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvlm_deploy.artifacts import sha256_of
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.spec import ModelSpec
+from nvlm_deploy.serving.settings import SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json
+from nvlm_deploy.triton.ensemble import (
+    DECODER,
+    ENSEMBLE,
+    POSTPROCESSING,
+    PREPROCESSING,
+    PYTHON_MODELS,
+    VISION,
+    ServingChoices,
+    ensemble_configs,
+)
+from nvlm_deploy.triton.pbtxt import ModelConfig, config_from_text, config_text
+from nvlm_deploy.triton.wiring import require_wired
+
+CONFIG_NAME = "config.pbtxt"
+VERSION = "1"
+# the module behind each model.py; the reference decoder stands where TensorRT-LLM would
+_MODULES = {
+    PREPROCESSING: "preprocessing",
+    VISION: "vision_encoder",
+    DECODER: "decoder",
+    POSTPROCESSING: "postprocessing",
+}
+
+
+@dataclass(frozen=True)
+class RepositorySources:
+    """What a repository is made of."""
+
+    vision: Path
+    decoder: Path
+    tokenizer: Path
+    spec: ModelSpec
+
+    def checked(self) -> RepositorySources:
+        """Itself. Raises NvlmError naming the first part that is missing."""
+        for part, pattern in ((self.vision, VISION_FILE), (self.decoder, "config.json"), (self.decoder, "rank*")):
+            if not any(part.glob(pattern)):
+                raise NvlmError(f"{part} has no {pattern}", hint="build it first: `nvlm build`")
+        if not self.tokenizer.is_file():
+            raise NvlmError(f"no tokenizer.json at {self.tokenizer}", hint="fetch the tokenizer of the checkpoint")
+        return self
+
+
+def write_repository(folder: Path, sources: RepositorySources, choices: ServingChoices) -> None:
+    """Fill an empty folder with the repository, then read it back and cross-check it.
+
+    Artifacts are hard links where the file system allows, copies elsewhere; configs hold no path, so the folder can be
+    moved. Writing is not atomic: fill a temporary folder and rename it (`artifacts.replace_folder`, or a pipeline step).
+    """
+    sources.checked()
+    digest = sha256_of(sources.vision / VISION_FILE)
+    for config in ensemble_configs(sources.spec, choices, vision_digest=digest):
+        version = folder / config.name / VERSION
+        version.mkdir(parents=True)
+        (folder / config.name / CONFIG_NAME).write_text(config_text(config), encoding="utf-8")
+    for name in PYTHON_MODELS:
+        line = f"from nvlm_deploy.serving.{_MODULES[name]} import TritonPythonModel  # noqa: F401\n"
+        (folder / name / VERSION / "model.py").write_text(line, encoding="utf-8")
+    spec_file = folder / PREPROCESSING / VERSION / SPEC_FILE
+    spec_file.write_text(spec_as_json(sources.spec), encoding="utf-8")
+    for name in (PREPROCESSING, POSTPROCESSING):
+        link_or_copy(sources.tokenizer, folder / name / VERSION / TOKENIZER_FILE)
+    _link_files(sources.vision.glob(f"{VISION_FILE}*"), folder / VISION / VERSION)
+    _link_files((sources.decoder / "config.json", *sources.decoder.glob("rank*")), folder / DECODER / VERSION)
+    read_repository(folder)
+
+
+def read_repository(folder: Path) -> tuple[ModelConfig, ...]:
+    """The configs of a repository, cross-checked. Raises NvlmError when it is none, or wired wrong."""
+    files = sorted(folder.glob(f"*/{CONFIG_NAME}"))
+    configs = tuple(config_from_text(file.read_text(encoding="utf-8"), origin=str(file)) for file in files)
+    if ENSEMBLE not in {config.name for config in configs}:
+        raise NvlmError(f"{folder} has no model {ENSEMBLE}: not a repository of ours", hint="`nvlm build` makes one")
+    for file, config in zip(files, configs, strict=True):
+        if file.parent.name != config.name:
+            raise NvlmError(f"{file} configures a model called {config.name}; folder and name must be the same")
+    require_wired(configs)
+    return configs
+
+
+def _link_files(files: Iterable[Path], folder: Path) -> None:
+    for file in files:
+        link_or_copy(file, folder / file.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy on another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)

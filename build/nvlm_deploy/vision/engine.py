@@ -1,0 +1,47 @@
+"""Runs an exported vision graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.tensors import EMBEDDINGS, TILES
+
+# A tile of the released model takes about 300 MB of float32 activations: 25 heads of 1025 x 1025 scores, and the MLP's
+TILES_PER_RUN = 8
+
+
+class OnnxRuntimeEngine:
+    """uint8 tiles to float32 embeddings; memory is bounded whatever the number of tiles."""
+
+    def __init__(self, onnx_path: Path, *, threads: int | None = None) -> None:
+        """Load the graph. `threads=None` uses every core. Raises NvlmError when it is missing or not a vision graph."""
+        import onnxruntime
+
+        if not onnx_path.is_file():
+            raise NvlmError(f"no vision graph {onnx_path}", hint="build it: `nvlm build`")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        try:
+            self._session = onnxruntime.InferenceSession(onnx_path, options, providers=["CPUExecutionProvider"])
+        except Exception as problem:  # ONNX Runtime's exception classes are private
+            raise NvlmError(f"{onnx_path} cannot be loaded: {problem}", hint="build it again with --force") from problem
+        (tiles,), (embeddings,) = self._session.get_inputs(), self._session.get_outputs()
+        if (tiles.name, embeddings.name) != (TILES.name, EMBEDDINGS.name):
+            raise NvlmError(f"{onnx_path} maps {tiles.name} to {embeddings.name}: not a vision graph of this tool")
+        self.tile_shape: tuple[int, ...] = tuple(tiles.shape[1:])
+        self.embedding_shape: tuple[int, ...] = tuple(embeddings.shape[1:])
+
+    def __call__(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 [n, S, S, 3] -> float32 [n, tokens, hidden]; none needs no run. Raises NvlmError for other shapes."""
+        if tiles.dtype != np.uint8 or tiles.shape[1:] != self.tile_shape:
+            raise NvlmError(f"tiles are {tiles.dtype} {list(tiles.shape)}, expected uint8 {['n', *self.tile_shape]}")
+        embeddings = np.empty((len(tiles), *self.embedding_shape), dtype=np.float32)
+        for start in range(0, len(tiles), TILES_PER_RUN):
+            chunk = slice(start, start + TILES_PER_RUN)
+            (embeddings[chunk],) = self._session.run([EMBEDDINGS.name], {TILES.name: tiles[chunk]})
+        return embeddings

@@ -1,0 +1,246 @@
+"""The written checkpoint against NVIDIA's own exporter, ModelOpt 0.47 `export_tensorrt_llm_checkpoint`, on the CPU.
+
+ModelOpt quantises transformers' Qwen2 with the same weights and exports it; nothing of ours takes part on its side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nvlm_deploy.checkpoint.trtllm_layout import Parallelism, rank_file
+from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult
+from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
+from nvlm_deploy.model.reference import decoder_from_trtllm
+
+SPLITS = [Parallelism(1), Parallelism(2), Parallelism(4), Parallelism(2, 2)]
+
+
+def split_name(parallelism: Parallelism) -> str:
+    return f"tp{parallelism.tensor}pp{parallelism.pipeline}"
+
+
+@pytest.fixture(scope="module")
+def quantised_peer(case: Any) -> Any:
+    """transformers' Qwen2 in float32, calibrated and fake-quantised by ModelOpt over the same samples."""
+    return calibrated_peer(case, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def modelopt_amax(quantised_peer: Any, case: Any) -> CalibrationResult:
+    """ModelOpt's own amax, in our terms; read before its export equalises the fused weights."""
+    amax = {}
+    for index, layer in enumerate(quantised_peer.model.layers):
+        for group in FUSED_LINEARS:
+            inputs = {layer.get_submodule(linear).input_quantizer.amax.item() for linear in group}
+            assert len(inputs) == 1, "linears that see one input have one amax"
+            amax[f"model.layers.{index}.{group[0]}.input"] = inputs.pop()
+            for linear in group:
+                weight = layer.get_submodule(linear).weight_quantizer.amax
+                amax[f"model.layers.{index}.{linear}.weight"] = weight.item()
+    return CalibrationResult(amax, len(case.samples), sum(map(len, case.samples)))
+
+
+@pytest.fixture(scope="module")
+def exported(quantised_peer: Any, modelopt_amax: CalibrationResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ModelOpt's export for each split; `modelopt_amax` comes first, as the export changes the model."""
+    folder = tmp_path_factory.mktemp("modelopt")
+    for parallelism in SPLITS:
+        export(quantised_peer, folder / split_name(parallelism), parallelism)
+    return folder
+
+
+@pytest.mark.parametrize("parallelism", SPLITS, ids=split_name)
+def test_fed_the_same_amax_every_tensor_equals_modelopts_to_the_byte(
+    case: Any, modelopt_amax: CalibrationResult, exported: Path, tmp_path: Path, parallelism: Parallelism
+) -> None:
+    trtllm_checkpoint_from(
+        case.checkpoint, case.spec, tmp_path / "ours", calibration=modelopt_amax, parallelism=parallelism
+    )
+    require_same_ranks(tmp_path / "ours", exported / split_name(parallelism), parallelism)
+
+
+@pytest.mark.parametrize("parallelism", SPLITS, ids=split_name)
+def test_unquantised_every_tensor_equals_modelopts_to_the_byte(
+    case: Any, tmp_path: Path, parallelism: Parallelism
+) -> None:
+    export(case.peer(), tmp_path / "theirs", parallelism)
+    trtllm_checkpoint_from(case.checkpoint, case.spec, tmp_path / "ours", calibration=None, parallelism=parallelism)
+    require_same_ranks(tmp_path / "ours", tmp_path / "theirs", parallelism)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calibrated_apart_activation_scales_are_within_two_percent_and_weight_bytes_equal(
+    case: Any, calibration: CalibrationResult, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """ModelOpt runs transformers' layers in `dtype`; ours run in float32."""
+    export(calibrated_peer(case, dtype), tmp_path / "theirs", Parallelism())
+    trtllm_checkpoint_from(case.checkpoint, case.spec, tmp_path / "ours", calibration=calibration)
+    ours, theirs = (load_file(tmp_path / side / rank_file(0)) for side in ("ours", "theirs"))
+    scales = {name for name in ours if name.endswith("activation_scaling_factor")}
+    assert len(scales) == 5 * case.spec.decoder.layers
+    off = max(((ours[name] / theirs[name] - 1).abs().item(), name) for name in scales)
+    assert off[0] < (1e-5 if dtype == torch.float32 else 0.02), off
+    assert [name for name in ours if name not in scales and not same_bytes(ours[name], theirs[name])] == []
+
+
+def test_config_json_differs_from_modelopts_only_where_the_contract_wants_it(
+    case: Any, exported: Path, modelopt_amax: CalibrationResult, tmp_path: Path
+) -> None:
+    """Without tensorrt_llm ModelOpt writes a config.json that `trtllm-build` cannot read (contract A.3)."""
+    trtllm_checkpoint_from(case.checkpoint, case.spec, tmp_path / "ours", calibration=modelopt_amax)
+    ours = json.loads((tmp_path / "ours" / "config.json").read_text())
+    theirs = json.loads((exported / "tp1pp1" / "config.json").read_text())
+
+    # ModelOpt's notes to itself, which TensorRT-LLM's reader ignores
+    assert theirs.keys() - ours.keys() == {
+        *("producer", "decoder", "bias", "rmsnorm", "rank", "residual_mlp", "lm_head_bias", "rotary_pct"),
+        "share_embedding_table",
+    }
+    # no default at all (qwen_type, seq_length), a default that is wrong for Qwen2 (rotary_base), or said for clarity
+    assert ours.keys() - theirs.keys() == {
+        *("qwen_type", "seq_length", "rotary_base", "rotary_scaling", "rotary_embedding_dim", "attn_bias", "mlp_bias"),
+        *("use_logn_attn", "disable_weight_only_quant_plugin", "num_labels", "qk_layernorm", "tie_word_embeddings"),
+    }
+    differing = {key: (ours[key], theirs[key]) for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    # float16 logits would round the BF16 model's, and can overflow
+    assert differing.pop("logits_dtype") == ("float32", "float16")
+    # ours says the two sizes that are defaults
+    mapping = differing.pop("mapping")
+    assert mapping[0] == mapping[1] | {"cp_size": 1, "gpus_per_node": 8}
+    assert differing == {}
+    assert ours["quantization"] == {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+
+
+def test_the_reference_decoder_computes_what_modelopts_fake_quantised_model_computes(
+    case: Any, quantised_peer: Any, modelopt_amax: CalibrationResult, exported: Path, tmp_path: Path
+) -> None:
+    """ModelOpt's model, faking activations itself, with the weights that ModelOpt's exporter writes."""
+    decoder = reference(case, modelopt_amax, tmp_path)
+    peer = copy.deepcopy(quantised_peer)
+    written = decoder_weights(decoder, exported)
+    for name, linear in linears(peer):
+        linear.weight.data = written[name]
+        linear.weight_quantizer.disable()
+    assert min(cosines(case, decoder, peer)) > 0.999999
+
+
+def test_modelopts_faked_weights_differ_from_its_exported_ones_at_rounding_ties_only(
+    case: Any, quantised_peer: Any, modelopt_amax: CalibrationResult, exported: Path, tmp_path: Path
+) -> None:
+    """Its fake quantiser multiplies by 448 / amax, its exporter divides by amax / 448: a tie may fall either way.
+
+    BF16 weights over a BF16 amax with few bits make ties likely, and a random network makes much of each.
+    """
+    decoder = reference(case, modelopt_amax, tmp_path)
+    peer = copy.deepcopy(quantised_peer)
+    share_fused_scales(peer)
+    written = decoder_weights(decoder, exported)
+    ties = total = 0
+    for name, linear in linears(peer):
+        faked, scale = linear.weight_quantizer(linear.weight).detach(), linear.weight_quantizer.amax / 448
+        differs = (faked - written[name]).abs() > 1e-5 * faked.abs()
+        middle = (faked + written[name])[differs] / 2
+        torch.testing.assert_close(linear.weight[differs], middle, rtol=1e-5, atol=1e-6 * scale.item())
+        ties, total = ties + int(differs.sum()), total + differs.numel()
+    print(f"{ties} ties among {total} weights; cosines of logits with ties as they fall:", cosines(case, decoder, peer))
+    assert ties < 0.005 * total
+    assert ties or min(cosines(case, decoder, peer)) > 0.9999
+
+
+def reference(case: Any, calibration: CalibrationResult, folder: Path) -> Any:
+    return decoder_from_trtllm(
+        trtllm_checkpoint_from(case.checkpoint, case.spec, folder / "ours", calibration=calibration)
+    )
+
+
+def linears(peer: Any) -> Any:
+    """(name, module) of every linear of every layer."""
+    for index in range(len(peer.model.layers)):
+        for group in FUSED_LINEARS:
+            for linear in group:
+                yield f"model.layers.{index}.{linear}", peer.get_submodule(f"model.layers.{index}.{linear}")
+
+
+def decoder_weights(decoder: Any, exported: Path) -> dict[str, torch.Tensor]:
+    """Dequantised weights that the reference decoder runs with: ModelOpt's own, as the byte comparison shows."""
+    assert exported.is_dir()
+    return {
+        name: module.weight * (module.product_scale / module.activation_scale)
+        for name, module in decoder.named_modules()
+        if hasattr(module, "product_scale")
+    }
+
+
+def share_fused_scales(peer: Any) -> None:
+    """What ModelOpt's exporter does to the scales of q, k and v on their way out, done to the model itself."""
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    for layer in peer.model.layers:
+        for group in FUSED_LINEARS:
+            preprocess_linear_fusion([layer.get_submodule(linear) for linear in group])
+
+
+@torch.no_grad()
+def cosines(case: Any, decoder: Any, peer: Any) -> list[float]:
+    """Of the logits, one per sample."""
+    found = []
+    for sample in case.samples:
+        ours, theirs = decoder(sample[None]).double(), peer(inputs_embeds=sample[None]).logits.double()
+        found.append(torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item())
+    return found
+
+
+def calibrated_peer(case: Any, dtype: torch.dtype) -> Any:
+    import modelopt.torch.quantization as mtq
+
+    def run_all(model: Any) -> None:
+        for sample in case.samples:
+            model(inputs_embeds=sample[None].to(dtype))
+
+    with quiet():
+        return mtq.quantize(case.peer(dtype), mtq.FP8_DEFAULT_CFG, run_all)
+
+
+def export(model: Any, folder: Path, parallelism: Parallelism) -> None:
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    with quiet():
+        export_tensorrt_llm_checkpoint(
+            model,
+            "qwen",
+            torch.bfloat16,
+            folder,
+            inference_tensor_parallel=parallelism.tensor,
+            inference_pipeline_parallel=parallelism.pipeline,
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """ModelOpt prints its progress and warns about the absent tensorrt_llm."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def require_same_ranks(ours: Path, theirs: Path, parallelism: Parallelism) -> None:
+    for rank in range(parallelism.world_size):
+        mine, peers = (load_file(folder / rank_file(rank)) for folder in (ours, theirs))
+        assert {name: (value.dtype, value.shape) for name, value in mine.items()} == {
+            name: (value.dtype, value.shape) for name, value in peers.items()
+        }
+        assert [name for name in mine if not same_bytes(mine[name], peers[name])] == []
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))

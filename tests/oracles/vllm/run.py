@@ -1,0 +1,140 @@
+"""Answer requests with vLLM's own NVLM_D model on the CPU: the end-to-end oracle, independent of this project.
+
+Run by the python of the environment that setup.sh makes, never by the project's: `python run.py CHECKPOINT REQUESTS RESULTS`.
+It must not import nvlm_deploy: what it answers is evidence only as long as it shares no line with what it judges.
+
+REQUESTS is a JSON list of `{"prompt": str, "images": [path, ...], "max_tokens": int}`; the prompt is the whole text, with
+`<image>` and exactly one newline per image. RESULTS becomes one JSON document:
+`{"versions": {...}, "seconds": {"load", "answer"}, "results": [...]}`, the results in the order of the requests, each with
+`prompt_token_ids`, `token_ids` (an end token included), `logprobs` (of the chosen tokens), `top` (five `[id, logprob]` a
+token, best first), `text` and `finish_reason`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins itself to cores and ignores OMP_NUM_THREADS
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+PACKAGES = ("vllm-cpu", "torch", "transformers", "tokenizers", "pillow")
+TOP = 5
+
+Request = dict[str, Any]
+Result = dict[str, Any]
+
+
+def prepare_environment(scratch: str) -> None:
+    """Set what vLLM reads at import; the caller's own values win, the caches go to `scratch`.
+
+    transformers keeps a checkpoint's configuration_*.py under the folder's NAME, so a shared cache could serve another's.
+    """
+    caches = {"HF_HOME": scratch, "VLLM_CACHE_ROOT": scratch, "VLLM_CONFIG_ROOT": scratch}
+    os.environ.update({**ENVIRONMENT, **os.environ, **caches})
+
+
+def read_requests(file: Path) -> list[Request]:
+    """Requests with the paths of their images checked; SystemExit names the first that cannot work."""
+    requests: list[Request] = json.loads(file.read_text())
+    for number, request in enumerate(requests):
+        markers = request["prompt"].count("<image>\n")
+        if markers != len(request["images"]):
+            raise SystemExit(f"request {number}: {markers} `<image>` + newline for {len(request['images'])} images")
+        for image in request["images"]:
+            if not Path(image).is_file():
+                raise SystemExit(f"request {number}: no image file {image}")
+    return requests
+
+
+def load_model(folder: Path, images_per_request: int) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        str(folder),
+        trust_remote_code=True,  # the folder's configuration_nvlm_d.py
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        limit_mm_per_prompt={"image": images_per_request},
+    )
+
+
+def vllm_prompt(request: Request) -> dict[str, Any]:
+    from PIL import Image
+
+    if not request["images"]:
+        return {"prompt": request["prompt"]}
+    images = [Image.open(path).convert("RGB") for path in request["images"]]
+    return {"prompt": request["prompt"], "multi_modal_data": {"image": images}}
+
+
+def greedy(request: Request) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], logprobs=TOP)
+
+
+def top_tokens(candidates: dict[int, Any]) -> list[list[float]]:
+    """The five best `[id, logprob]`; vLLM adds the chosen token as a sixth when it is not among them."""
+    best = sorted(candidates.items(), key=lambda item: item[1].rank)[:TOP]
+    return [[token, candidate.logprob] for token, candidate in best]
+
+
+def result(output: Any) -> Result:
+    answer = output.outputs[0]
+    token_ids = list(answer.token_ids)
+    return {
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "token_ids": token_ids,
+        "logprobs": [step[token].logprob for step, token in zip(answer.logprobs, token_ids, strict=True)],
+        "top": [top_tokens(step) for step in answer.logprobs],
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def answer(folder: Path, requests: list[Request]) -> dict[str, Any]:
+    """The whole document for RESULTS; `answer` seconds include decoding and tiling the images."""
+    start = time.monotonic()
+    model = load_model(folder, max([1, *(len(request["images"]) for request in requests)]))
+    loaded = time.monotonic()
+    prompts = [vllm_prompt(request) for request in requests]
+    outputs = model.generate(prompts, [greedy(request) for request in requests], use_tqdm=False)
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "seconds": {"load": loaded - start, "answer": time.monotonic() - loaded},
+        "results": [result(output) for output in outputs],
+    }
+
+
+def write_document(file: Path, document: dict[str, Any]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("results", type=Path)
+    arguments = parser.parse_args()
+    requests = read_requests(arguments.requests)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare_environment(scratch)
+        write_document(arguments.results, answer(arguments.checkpoint, requests))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How long answers take, seen from the client."""

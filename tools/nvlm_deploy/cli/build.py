@@ -1,0 +1,100 @@
+"""`nvlm build` and its single steps: checkpoint to assembled Triton repository."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from nvlm_deploy.cli.options import (
+    CalibrationOption,
+    CheckpointArgument,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    ProfileOption,
+    WorkspaceOption,
+)
+from nvlm_deploy.recipe import STEP_NAMES, Recipe
+
+HELP = {
+    "export-vision": "Vision encoder and projector to ONNX, checked against torch after re-reading.",
+    "quantize-llm": "Decoder to a TensorRT-LLM checkpoint, FP8 scales from calibration samples.",
+    "assemble": "Triton model repository from built artifacts; every config re-parsed and cross-checked.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="build", help="All steps from a checkpoint to a Triton repository; finished ones are kept.")(build)
+    for step in STEP_NAMES:
+        app.command(name=step, help=HELP[step])(_single(step))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one build command asks for."""
+
+    recipe: Recipe
+    force: bool
+    only: str | None = None
+
+
+def build(
+    checkpoint: CheckpointArgument,
+    profile: ProfileOption = "cpu",
+    workspace: WorkspaceOption = Path(),
+    calibration: CalibrationOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    request = Request(_recipe(checkpoint, profile, workspace, calibration), force)
+    _execute(request, dry_run=dry_run, json_output=json_output)
+
+
+def _single(step: str):  # type: ignore[no-untyped-def]  # typer reads the inner function's own signature
+    def run(
+        checkpoint: CheckpointArgument,
+        profile: ProfileOption = "cpu",
+        workspace: WorkspaceOption = Path(),
+        calibration: CalibrationOption = None,
+        force: ForceOption = False,
+        dry_run: DryRunOption = False,
+        json_output: JsonOption = False,
+    ) -> None:
+        request = Request(_recipe(checkpoint, profile, workspace, calibration), force, only=step)
+        _execute(request, dry_run=dry_run, json_output=json_output)
+
+    return run
+
+
+def _recipe(checkpoint: Path, profile: str, workspace: Path, calibration: Path | None) -> Recipe:
+    from nvlm_deploy.profile import load_profile
+
+    return Recipe(checkpoint, load_profile(profile), workspace, calibration)
+
+
+def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
+    console = Console(stderr=True, highlight=False)
+    rows: list[dict[str, str | float]] = []
+    started = time.monotonic()
+    pipeline = request.recipe.pipeline()
+    if dry_run:
+        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan() if request.only in (None, name)]
+    else:
+        for step, state in pipeline.run(force=request.force, only=request.only):
+            seconds = time.monotonic() - started
+            rows.append({"step": step.name, "state": str(state), "output": str(step.output), "seconds": seconds})
+            console.print(f"{step.name:14} {state:12} {seconds:7.1f} s  {step.output}")
+            started = time.monotonic()
+    if json_output:
+        print(json.dumps({"profile": request.recipe.profile.name, "dry_run": dry_run, "steps": rows}))
+    elif dry_run:
+        for row in rows:
+            print(f"{row['step']:14} {row['state']}")
+    else:
+        print(request.recipe.repository if request.only in (None, "assemble") else rows[-1]["output"])

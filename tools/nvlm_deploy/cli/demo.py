@@ -1,0 +1,76 @@
+"""`nvlm demo`: everything once, with the small model, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+from rich.console import Console
+
+from nvlm_deploy.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from nvlm_deploy.demo import DemoResult
+    from nvlm_deploy.pipeline import State, Step
+    from nvlm_deploy.samples import Sample
+
+RESULT_NAME = "demo.json"
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="demo")(demo)
+
+
+def demo(
+    workspace: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("engines/demo"),
+    questions: Annotated[int | None, typer.Option(min=1, help="Only the first so many held-out questions.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Quantise a small NVLM-D to FP8, serve it with Triton, and measure it beside the unquantised model.
+
+    Takes some minutes on a CPU; a second run keeps what is built. The numbers are also written to WORKSPACE/demo.json.
+    """
+    from nvlm_deploy.artifacts import write_text
+    from nvlm_deploy.demo import Assets, Sizes, run_demo
+
+    started = time.monotonic()
+    screen = Screen(sys.stderr if json_output else sys.stdout)
+    result = run_demo(Assets.of_checkout(), workspace, screen, Sizes(questions))
+    document = {**result.as_json(), "seconds": time.monotonic() - started}
+    write_text(workspace / RESULT_NAME, json.dumps(document, indent=2) + "\n")
+    if json_output:
+        print(json.dumps(document))
+    else:
+        print_result(result)
+
+
+class Screen:
+    """Shows the demo as it runs: steps on stderr, the streamed answers where the result goes."""
+
+    def __init__(self, answers: TextIO) -> None:
+        self.answers = answers
+
+    def on_step(self, profile: str, step: Step, state: State) -> None:
+        print(f"{profile}: {step.name} {state}", file=sys.stderr)
+
+    def on_example(self, model: str, sample: Sample) -> None:
+        picture = os.path.relpath(sample.images[0])
+        print(f"\n{model}, {picture}\n  {sample.question}  (right: {sample.answer})\n  ", file=self.answers, end="")
+
+    def on_piece(self, piece: str) -> None:
+        print(piece, file=self.answers, end="", flush=True)
+
+
+def print_result(result: DemoResult) -> None:
+    """The table, and the difference in one sentence."""
+    from nvlm_deploy.report.tables import difference_sentence, results_table
+
+    console = Console(highlight=False)
+    console.print(results_table(result.models))
+    comparison = result.comparison
+    console.print(difference_sentence("BF16", "FP8", comparison.differences["all"], comparison.agreement))

@@ -1,0 +1,85 @@
+"""The `nvlm` command: one verb per file, errors to exit codes here. Starts without torch, onnx or tritonclient."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from types import FrameType
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from nvlm_deploy.cli import ask, build, demo, inspect, serve, validate
+from nvlm_deploy.errors import NvlmError
+
+app = typer.Typer(
+    help="NVLM-D-72B to a Triton Inference Server ensemble: build, serve, ask, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for verb in (inspect, build, serve, ask, validate, demo):
+    verb.register(app)
+
+INTERRUPTED = 130
+
+
+@app.callback()
+def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log what is done, to stderr.")) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 the answer is no, 2 wrong input, 3 tool or machine failed, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        code = app(arguments, standalone_mode=False)
+    except NvlmError as problem:
+        return _failed(problem, as_json="--json" in arguments)
+    except click.ClickException as problem:
+        problem.show()
+        return problem.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; nothing is left half-written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _quiet_broken_pipe()
+    return code if isinstance(code, int) else 0
+
+
+def _failed(problem: NvlmError, *, as_json: bool) -> int:
+    """The error for people on stderr; with --json also as the one document on stdout."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(problem.message, markup=False)
+    if problem.hint:
+        console.print(f"  hint: {problem.hint}", markup=False)
+    if as_json:
+        error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
+        print(json.dumps({"error": error}))
+    return problem.exit_code
+
+
+def _quiet_broken_pipe() -> int:
+    """`nvlm ... | head` is not an error; stdout is closed so that the interpreter does not complain at exit."""
+    sys.stdout = None
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """A polite kill ends like Ctrl-C: servers are stopped, temporary folders removed."""
+    raise KeyboardInterrupt

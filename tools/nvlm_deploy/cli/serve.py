@@ -1,0 +1,45 @@
+"""`nvlm serve`: run the bundled tritonserver on an assembled repository until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvlm_deploy.cli.options import DryRunOption, JsonOption
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="serve")(serve)
+
+
+def serve(
+    repository: Annotated[Path, typer.Argument(help="A folder that `nvlm build` or `nvlm assemble` made.")],
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    ready_timeout_s: Annotated[float, typer.Option(min=1, help="Give up when not ready by then.")] = 120.0,
+    log_file: Annotated[Path | None, typer.Option(help="Keep the server's log here.")] = None,
+    dry_run: DryRunOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Check the repository, start Triton, wait until every model is ready, and stop it cleanly on Ctrl-C."""
+    from nvlm_deploy.artifacts import verify
+    from nvlm_deploy.errors import MachineError
+    from nvlm_deploy.triton.repository import read_repository
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+
+    read_repository(repository)
+    verify(repository)
+    ports = Ports(grpc_port, http_port, metrics_port, host)
+    if dry_run:
+        print(json.dumps({"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}))
+        return
+    with TritonServer(repository, ServerChoices(ports, ready_timeout_s, log_file=log_file)) as server:
+        ready = {"grpc": server.grpc_url, "http": f"{host}:{http_port}", "process_id": server.process_id}
+        print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)
+        status = server.wait()
+        raise MachineError(f"tritonserver ended by itself with status {status}; its log ends:\n{server.log_tail()}")

@@ -1,0 +1,83 @@
+"""`nvlm validate`: is a candidate as good as the unquantised model? Exit code 1 when it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from nvlm_deploy.cli.options import CheckpointArgument, JsonOption, ProfileOption, WorkspaceOption
+
+if TYPE_CHECKING:
+    from nvlm_deploy.report.measurement import Verdict
+    from nvlm_deploy.validate.tasks import Comparison
+
+group = typer.Typer(help="Compare a candidate with its reference.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(group, name="validate")
+
+
+@group.command()
+def accuracy(
+    checkpoint: CheckpointArgument,
+    samples: Annotated[Path, typer.Option(help="Folder with samples.jsonl: questions, answers, images.")],
+    profile: ProfileOption = "cpu",
+    workspace: WorkspaceOption = Path(),
+    url: Annotated[str | None, typer.Option(help="Ask the candidate at this server (HOST:PORT, gRPC).")] = None,
+    reference_url: Annotated[str | None, typer.Option(help="Ask the reference at this server.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many samples.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time to a server.")] = 8,
+    max_drop: Annotated[float, typer.Option(help="Accuracy that may be lost, in percentage points.")] = 1.0,
+    json_output: JsonOption = False,
+) -> None:
+    """Right answers of the built model against the unquantised checkpoint's, on the same questions.
+
+    Without URLs both run in this process: the checkpoint as it is, and what `nvlm build` made in the workspace.
+    """
+    from nvlm_deploy.profile import load_profile
+    from nvlm_deploy.recipe import Recipe
+    from nvlm_deploy.samples import read_samples
+    from nvlm_deploy.validate.accuracy import Questions, drop_verdict
+    from nvlm_deploy.validate.in_process import built_model, reference_model
+    from nvlm_deploy.validate.tasks import Comparison
+
+    questions = Questions(read_samples(samples, limit=limit), max_tokens, concurrency)
+    recipe = Recipe(checkpoint, load_profile(profile), workspace)
+    comparison = Comparison(
+        reference=questions.to_server(reference_url)
+        if reference_url
+        else questions.in_process(lambda: reference_model(recipe), "the unquantised model"),
+        candidate=questions.to_server(url) if url else questions.in_process(lambda: built_model(recipe), profile),
+    )
+    verdict = drop_verdict(comparison, max_drop_points=max_drop)
+    _print_json(comparison, verdict, profile) if json_output else _print_tables(comparison, verdict, profile)
+    raise typer.Exit(0 if verdict.holds else 1)
+
+
+def _print_json(comparison: Comparison, verdict: Verdict, candidate: str) -> None:
+    from nvlm_deploy.validate.accuracy import comparison_as_json, model_results
+
+    results = model_results(comparison, reference="unquantised", candidate=candidate)
+    document = {
+        "models": [result.as_json() for result in results],
+        **comparison_as_json(comparison),
+        "bars": [verdict.as_json()],
+    }
+    print(json.dumps(document, indent=2))
+
+
+def _print_tables(comparison: Comparison, verdict: Verdict, candidate: str) -> None:
+    from nvlm_deploy.report.tables import difference_sentence, results_table, verdict_table
+    from nvlm_deploy.validate.accuracy import model_results
+
+    console = Console(highlight=False)
+    console.print(results_table(model_results(comparison, reference="unquantised", candidate=candidate)))
+    difference = comparison.differences["all"]
+    console.print(difference_sentence("unquantised", candidate, difference, comparison.agreement))
+    console.print(verdict_table([verdict]))

@@ -1,0 +1,111 @@
+"""An answer as it arrives: its pieces with their times, and what it is when it has ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, Literal
+
+from nvlm_deploy import tensors
+from nvlm_deploy.client.request import Generation
+from nvlm_deploy.client.wire import is_final, output_values
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One streamed response. `arrived_s` is monotonic; `output_tokens` counts those of the answer so far."""
+
+    text: str
+    arrived_s: float
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer. Times are seconds on the monotonic clock of this machine."""
+
+    text: str
+    finish_reason: FinishReason
+    num_input_tokens: int
+    num_output_tokens: int
+    sent_s: float
+    ended_s: float
+    pieces: tuple[Piece, ...]
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        """From sending to the first piece."""
+        return self.pieces[0].arrived_s - self.sent_s
+
+    @property
+    def gaps_s(self) -> tuple[float, ...]:
+        """Times between one piece and the next. Each piece carries one token; the last may carry only the end token."""
+        return tuple(later.arrived_s - earlier.arrived_s for earlier, later in pairwise(self.pieces))
+
+    @property
+    def time_per_token_s(self) -> float | None:
+        """Mean time between tokens after the first; None when there was one piece."""
+        return fmean(self.gaps_s) if self.gaps_s else None
+
+    @property
+    def end_to_end_s(self) -> float:
+        """From sending to the server's word that nothing more will come."""
+        return self.ended_s - self.sent_s
+
+
+class AnswerBuilder:
+    """Collects the responses of one request."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.sent_s = time.monotonic()
+        self.ended = False
+        self._pieces: list[Piece] = []
+        self._server_reason = ""
+        self._input_tokens = 0
+
+    def add(self, response: Any) -> str:
+        """Take one `ModelInferResponse`; its text, empty for the one that only says the end."""
+        arrived_s = time.monotonic()
+        self.ended = is_final(response)
+        values = output_values(response)
+        if not values:
+            return ""
+        text: str = values[tensors.TEXT_OUTPUT.name].decode()
+        self._server_reason = values[tensors.FINISH_REASON.name].decode()
+        self._input_tokens = values[tensors.INPUT_TOKEN_COUNT.name]
+        self._pieces.append(Piece(text, arrived_s, values[tensors.OUTPUT_TOKEN_COUNT.name]))
+        return text
+
+    def answer(self) -> Answer:
+        """The whole answer; only after `ended`, and only when there was a piece."""
+        tokens = self._pieces[-1].output_tokens
+        return Answer(
+            text="".join(piece.text for piece in self._pieces),
+            finish_reason=finish_reason(self._server_reason, tokens, self.generation),
+            num_input_tokens=self._input_tokens,
+            num_output_tokens=tokens,
+            sent_s=self.sent_s,
+            ended_s=time.monotonic(),
+            pieces=tuple(self._pieces),
+        )
+
+    @property
+    def has_pieces(self) -> bool:
+        return bool(self._pieces)
+
+
+def finish_reason(server_reason: str, output_tokens: int, generation: Generation) -> FinishReason:
+    """Why an answer ended. The server only says `stop`, and only when the model itself ended.
+
+    What is left: the asked number of tokens is reached; a stop word came, if any was given; a limit of the server's.
+    """
+    if server_reason == "stop":
+        return "stop"
+    if generation.max_tokens is not None and output_tokens >= generation.max_tokens:
+        return "length"
+    return "stop" if generation.stop_words else "length"

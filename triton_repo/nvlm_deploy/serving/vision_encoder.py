@@ -1,0 +1,81 @@
+"""Triton model `vision_encoder`: uint8 tiles become rows of the decoder's prompt embedding table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.serving import backend
+from nvlm_deploy.serving.settings import VISION_FILE, ServingSettings
+from nvlm_deploy.tensors import EMBEDDINGS, PROMPT_EMBEDDING_TABLE, PROMPT_VOCAB_SIZE, TILES
+
+
+class TritonPythonModel:
+    """What Triton calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the ONNX graph beside `model.py` and run it once: the first request should not pay for imports."""
+        backend.set_up_logging()
+        settings = ServingSettings(args)
+        self.hidden_size = settings.integer("hidden_size")
+        self.max_tiles_per_run = settings.integer("max_tiles_per_run")
+        self.session = open_session(settings.folder / VISION_FILE, threads=settings.integer("threads"))
+        size = self.session.get_inputs()[0].shape[1]
+        self._prompt_table(self._rows(np.zeros((1, size, size, 3), dtype=np.uint8)))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response per request; a failing one fails alone."""
+        return [self._response(request) for request in requests]
+
+    def _response(self, request: Any) -> Any:
+        try:
+            tiles = backend.array(request, TILES)
+            if tiles is None:
+                raise NvlmError(f"input {TILES.name} is missing")
+            return self._prompt_table(self._rows(tiles))
+        except Exception as problem:
+            return backend.error_response(problem)
+
+    def _rows(self, tiles: np.ndarray) -> np.ndarray:
+        """float32 [rows, hidden]: all tokens of all tiles, in order.
+
+        A text-only request has no tiles and runs no engine. It still gets one row, to which no id refers: a table
+        without rows is not known to be legal for the C++ backend, and an ensemble step cannot be left out.
+        """
+        if len(tiles) == 0:
+            return np.zeros((1, self.hidden_size), dtype=np.float32)
+        starts = range(0, len(tiles), self.max_tiles_per_run)
+        runs = [self._run(tiles[start : start + self.max_tiles_per_run]) for start in starts]
+        return np.concatenate(runs).reshape(-1, self.hidden_size)
+
+    def _run(self, tiles: np.ndarray) -> np.ndarray:
+        (embeddings,) = self.session.run([EMBEDDINGS.name], {TILES.name: tiles})
+        return np.asarray(embeddings)
+
+    def _prompt_table(self, rows: np.ndarray) -> Any:
+        """BF16 has no numpy form; it leaves by DLPack."""
+        import torch
+
+        utils = backend.backend_module()
+        table = torch.from_numpy(rows).to(torch.bfloat16)[None]
+        count = np.array([[len(rows)]], dtype=np.int32)
+        return utils.InferenceResponse(
+            [
+                utils.Tensor.from_dlpack(PROMPT_EMBEDDING_TABLE.name, torch.utils.dlpack.to_dlpack(table)),
+                utils.Tensor(PROMPT_VOCAB_SIZE.name, count),
+            ]
+        )
+
+
+def open_session(onnx: Path, *, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU with a bounded number of threads that do not spin while idle."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])

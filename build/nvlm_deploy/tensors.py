@@ -108,6 +108,7 @@ PAD_ID = _optional("pad_id", "int32")
 STOP_WORDS_LIST = _optional("stop_words_list", "int32", 2, "stop_tokens")
 BAD_WORDS_LIST = _optional("bad_words_list", "int32", 2, "bad_tokens")
 STREAMING = _optional("streaming", "bool")
+STOP = _optional("stop", "bool")
 EXCLUDE_INPUT_IN_OUTPUT = _optional("exclude_input_in_output", "bool")
 RETURN_INPUT_TOKEN_COUNT = _optional("return_num_input_tokens", "bool")
 RETURN_OUTPUT_TOKEN_COUNT = _optional("return_num_output_tokens", "bool")
@@ -141,7 +142,7 @@ DECODER_INPUTS = (
     BAD_WORDS_LIST,
     _optional("embedding_bias", "float32", "vocabulary"),
     EXCLUDE_INPUT_IN_OUTPUT,
-    _optional("stop", "bool"),
+    STOP,
     STREAMING,
     _optional("beam_width", "int32"),
     DECODER_TEMPERATURE,

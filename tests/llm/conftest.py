@@ -52,6 +52,7 @@ class Case:
     checkpoint: Checkpoint
     spec: ModelSpec
     samples: list[torch.Tensor]
+    trained: bool = False
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self.checkpoint.tensors(PREFIX)
@@ -117,7 +118,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         pytest.skip("the small model is not trained yet: tests/models/train.py")
     checkpoint = Checkpoint.open(TINY)
     spec = spec_from_config(checkpoint.config)
-    return Case(checkpoint, spec, _samples(checkpoint, spec))
+    return Case(checkpoint, spec, _samples(checkpoint, spec), trained=True)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,9 @@ from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 from nvlm_deploy.model.reference import decoder_from_trtllm
 
+# importing ModelOpt alone takes 10 s
+pytestmark = pytest.mark.slow
+
 SPLITS = [Parallelism(1), Parallelism(2), Parallelism(4), Parallelism(2, 2)]
 
 
@@ -89,6 +92,7 @@ def test_calibrated_apart_activation_scales_are_within_two_percent_and_weight_by
     scales = {name for name in ours if name.endswith("activation_scaling_factor")}
     assert len(scales) == 5 * case.spec.decoder.layers
     off = max(((ours[name] / theirs[name] - 1).abs().item(), name) for name in scales)
+    print("activation scales off by at most", off)
     assert off[0] < (1e-5 if dtype == torch.float32 else 0.02), off
     assert [name for name in ours if name not in scales and not same_bytes(ours[name], theirs[name])] == []
 
@@ -127,9 +131,9 @@ def test_the_reference_decoder_computes_what_modelopts_fake_quantised_model_comp
     """ModelOpt's model, faking activations itself, with the weights that ModelOpt's exporter writes."""
     decoder = reference(case, modelopt_amax, tmp_path)
     peer = copy.deepcopy(quantised_peer)
-    written = decoder_weights(decoder, exported)
+    written = exported_weights(exported)
     for name, linear in linears(peer):
-        linear.weight.data = written[name]
+        linear.weight.data = weight_of(name, written, case)
         linear.weight_quantizer.disable()
     assert min(cosines(case, decoder, peer)) > 0.999999
 
@@ -144,17 +148,19 @@ def test_modelopts_faked_weights_differ_from_its_exported_ones_at_rounding_ties_
     decoder = reference(case, modelopt_amax, tmp_path)
     peer = copy.deepcopy(quantised_peer)
     share_fused_scales(peer)
-    written = decoder_weights(decoder, exported)
+    written = exported_weights(exported)
     ties = total = 0
     for name, linear in linears(peer):
         faked, scale = linear.weight_quantizer(linear.weight).detach(), linear.weight_quantizer.amax / 448
-        differs = (faked - written[name]).abs() > 1e-5 * faked.abs()
-        middle = (faked + written[name])[differs] / 2
+        theirs = weight_of(name, written, case)
+        differs = (faked - theirs).abs() > 1e-5 * faked.abs()
+        middle = (faked + theirs)[differs] / 2
         torch.testing.assert_close(linear.weight[differs], middle, rtol=1e-5, atol=1e-6 * scale.item())
         ties, total = ties + int(differs.sum()), total + differs.numel()
-    print(f"{ties} ties among {total} weights; cosines of logits with ties as they fall:", cosines(case, decoder, peer))
+    found = cosines(case, decoder, peer)
+    print(f"{ties} ties among {total} weights; cosines of logits with ties as they fall:", found)
     assert ties < 0.005 * total
-    assert ties or min(cosines(case, decoder, peer)) > 0.9999
+    assert min(found) > (0.9999 if case.trained else 0.99)
 
 
 def reference(case: Any, calibration: CalibrationResult, folder: Path) -> Any:
@@ -171,14 +177,27 @@ def linears(peer: Any) -> Any:
                 yield f"model.layers.{index}.{linear}", peer.get_submodule(f"model.layers.{index}.{linear}")
 
 
-def decoder_weights(decoder: Any, exported: Path) -> dict[str, torch.Tensor]:
-    """Dequantised weights that the reference decoder runs with: ModelOpt's own, as the byte comparison shows."""
-    assert exported.is_dir()
-    return {
-        name: module.weight * (module.product_scale / module.activation_scale)
-        for name, module in decoder.named_modules()
-        if hasattr(module, "product_scale")
-    }
+def exported_weights(exported: Path) -> dict[str, torch.Tensor]:
+    """Linear -> its weight as ModelOpt exported it, dequantised. Query, key and value rows have equal scales."""
+    tensors = load_file(exported / "tp1pp1" / rank_file(0))
+    weights = {}
+    for name, codes in tensors.items():
+        if codes.dtype == torch.float8_e4m3fn:
+            module = name.removesuffix(".weight")
+            layer, kind = module.removeprefix("transformer.layers.").split(".", 1)
+            weights[f"model.layers.{layer}.{kind}"] = codes.float() * tensors[f"{module}.weights_scaling_factor"]
+    return weights
+
+
+def weight_of(name: str, weights: dict[str, torch.Tensor], case: Any) -> torch.Tensor:
+    """A linear's rows of its tensor in TensorRT-LLM's naming; `fc` is what SiLU acts on."""
+    layer, linear = name.split(".self_attn.")[0].split(".mlp.")[0], name.rsplit(".", 1)[1]
+    if linear in ("q_proj", "k_proj", "v_proj"):
+        decoder = case.spec.decoder
+        rows = [heads * decoder.head_size for heads in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+        return weights[f"{layer}.attention.qkv"].split(rows)["qkv".index(linear[0])]
+    kinds = {"o_proj": "attention.dense", "gate_proj": "mlp.fc", "up_proj": "mlp.gate", "down_proj": "mlp.proj"}
+    return weights[f"{layer}.{kinds[linear]}"]
 
 
 def share_fused_scales(peer: Any) -> None:

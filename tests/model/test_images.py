@@ -80,7 +80,7 @@ def test_a_format_that_is_not_served_is_refused():
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 def test_a_truncated_file_is_refused_and_not_padded_with_grey(format_name, kept):
     whole = encoded(format_name, size=(300, 200))
-    with pytest.raises(NvlmError, match="truncated|cannot be opened|not an image"):
+    with pytest.raises(NvlmError, match=r"truncated|cannot be opened|not an image"):
         open_image(whole[: int(len(whole) * kept)])
 
 
@@ -99,12 +99,12 @@ def test_a_damaged_jpeg_never_escapes_as_another_exception():
 
 @pytest.mark.parametrize("size", [(0, 7), (7, 0)])
 def test_zero_pixels_are_refused(size):
-    with pytest.raises(NvlmError, match="0 x 7 pixels|7 x 0 pixels|not an image|cannot be opened"):
+    with pytest.raises(NvlmError, match=r"0 x 7 pixels|7 x 0 pixels|not an image|cannot be opened"):
         open_image(png_header(*size))
 
 
 def test_twenty_thousand_squared_pixels_are_refused_from_the_header_alone():
-    with pytest.raises(NvlmError, match="pixels"):
+    with pytest.raises(NvlmError, match=r"more than 2 x 89 million pixels, more than the 89,000,000 that are decoded"):
         open_image(png_header(20_000, 20_000))
 
 

@@ -57,7 +57,7 @@ def test_the_count_vectors_of_the_facts(size, grid, tiles, tokens):
 
 
 def test_there_are_the_fourteen_grids_of_the_paper():
-    names = "1x1 1x2 2x1 1x3 3x1 1x4 2x2 4x1 1x5 5x1 1x6 2x3 3x2 6x1".split()
+    names = ["1x1", "1x2", "2x1", "1x3", "3x1", "1x4", "2x2", "4x1", "1x5", "5x1", "1x6", "2x3", "3x2", "6x1"]
     assert candidate_grids(RELEASED) == [_pair(name) for name in names]
 
 
@@ -129,7 +129,9 @@ def _reference_tiles(image: Image.Image, columns: int, rows: int, size: int) -> 
     return np.stack([np.asarray(tile) for tile in tiles])
 
 
-@pytest.mark.parametrize("size", "56x56 1x1 40x300 300x40 168x112 75x75 80x80 112x112 201x97 640x480 33x500".split())
+@pytest.mark.parametrize(
+    "size", ["56x56", "1x1", "40x300", "300x40", "168x112", "75x75", "80x80", "112x112", "201x97", "640x480", "33x500"]
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_tiles_are_bit_identical_to_the_reference_steps_in_pillow(size, mode):
     image = _picture(*_pair(size), mode)

@@ -18,6 +18,7 @@ from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.tiling import tiles_from_image
 
 NO_TARGET = -100
+Turn = tuple[list[int], list[int]]  # what is asked after the prefix, and the answer with its <|im_end|>
 # Counting is learned last (a plateau near 55 %), so it is asked most.
 TRAINING_TASKS = ("tile", "tile", "read", "count", "count", "count", "largest", "text", "text")
 
@@ -34,12 +35,18 @@ class Branch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal layout. tiles uint8 [rows * tiles, 56, 56, 3]; ids and targets [rows, length]; mask [length, length]."""
+    """Rows of equal layout.
+
+    tiles uint8 [rows * tiles, 56, 56, 3]; ids and targets [rows, length]; mask [length, length]; visual the columns of the
+    visual tokens, and of each its tile's tag number and digit [rows, visual] (tag 0 and no digit: the thumbnail).
+    """
 
     tiles: torch.Tensor
     ids: torch.Tensor
     targets: torch.Tensor
     visual: torch.Tensor
+    tags: torch.Tensor
+    digits: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     branches: tuple[Branch, ...]
@@ -57,10 +64,15 @@ class Batch:
 class BatchMaker:
     """Makes batches for one side of the split."""
 
-    def __init__(self, builder: PromptBuilder, *, seed: int, held_out: bool, shuffle_tags: bool = True) -> None:
+    def __init__(
+        self, builder: PromptBuilder, *, seed: int, held_out: bool, shuffle_tags: bool = True, split_seam_share: float = 0.0
+    ) -> None:
         self.builder = builder
         self.maker = PictureMaker(seed, held_out=held_out)
         self.shuffle_tags = shuffle_tags
+        self.split_seam_share = split_seam_share
+        self.seam_ids = builder.tokenizer.encode(">\n").ids
+        self.split_seam_ids = [builder.tokenizer.token_to_id(piece) for piece in (">", "Ċ")]
         tokenizer = builder.tokenizer
         self.end = [tokenizer.token_to_id("<|im_end|>")]
         self.prompt_ids = lru_cache(maxsize=20_000)(lambda question, tiles: builder.ids(question, [tiles] if tiles else []))
@@ -70,15 +82,33 @@ class BatchMaker:
 
     def batch(self, grids: Sequence[tuple[int, int]], tasks: Sequence[str] = TRAINING_TASKS) -> Batch:
         """One row per grid; all grids must have the same number of tiles."""
+        # vLLM writes `</Image>` and the newline after it as separate ids, Hugging Face as one: a share of batches has it so.
+        split_seam = self.maker.random.random() < self.split_seam_share
         pictures = [self.maker.picture(grid) for grid in grids]
         tiles = [tiles_from_image(picture.image, TILING) for picture in pictures]
         count = len(tiles[0])
-        prefixes, rows = [], []
+        prefixes, rows, tags, digits = [], [], [], []
         for picture in pictures:
             order = self._tag_order(len(picture.digits))
-            prefixes.append(self._prefix(count, order))
-            rows.append(self._branches(picture, order, tasks, len(prefixes[-1])))
-        return _packed(np.concatenate(tiles), prefixes, rows, self._visible(tasks, len(prefixes[0])), self.builder.pad_token_id)
+            tags.append([*order, 0] if count > 1 else [0])
+            digits.append([*picture.digits, NO_TARGET] if count > 1 else [*picture.digits])
+            prefix = self._prefix(count, order)
+            rows.append(self._branches(picture, order, tasks, len(prefix)))
+            prefixes.append(prefix[:-1] + self.split_seam_ids if split_seam else prefix)
+        columns = _columns(rows, self._visible(tasks, len(prefixes[0])), len(prefixes[0]))
+        ids, targets = _filled(prefixes, rows, columns)
+        each = self.builder.tokens_per_tile
+        return Batch(
+            tiles=torch.tensor(np.concatenate(tiles)),
+            ids=ids,
+            targets=targets,
+            visual=(ids[0] == self.builder.pad_token_id).nonzero()[:, 0],
+            tags=torch.tensor(tags).repeat_interleave(each, dim=1),
+            digits=torch.tensor(digits).repeat_interleave(each, dim=1),
+            positions=_positions(columns, len(prefixes[0])),
+            mask=_mask(columns, len(prefixes[0])),
+            branches=tuple(columns),
+        )
 
     def _tag_order(self, tiles: int) -> list[int]:
         """Tag number of each tile. In order, a model reads by position and never looks at a tag (facts/small-model.md)."""
@@ -93,7 +123,7 @@ class BatchMaker:
 
     def _branches(
         self, picture: Picture, order: Sequence[int], tasks: Sequence[str], image_prefix: int
-    ) -> list[tuple[list[int], list[int]]]:
+    ) -> list[Turn]:
         by_tag = tuple(digit for _, digit in sorted(zip(order, picture.digits, strict=True)))
         tiles = len(picture.digits) + (len(picture.digits) > 1)
         found = []
@@ -121,33 +151,39 @@ def _common(first: Sequence[int], second: Sequence[int]) -> list[int]:
     return list(first[:length])
 
 
-def _packed(
-    tiles: np.ndarray,
-    prefixes: list[list[int]],
-    rows: list[list[tuple[list[int], list[int]]]],
-    visible: list[tuple[str, int]],
-    pad_token_id: int,
-) -> Batch:
-    widths = [max(len(prompt) + len(answer) for prompt, answer in column) for column in zip(*rows, strict=True)]
-    prefix, length = len(prefixes[0]), len(prefixes[0]) + sum(widths)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    targets = torch.full_like(ids, NO_TARGET)
-    positions = torch.arange(length)
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    mask[prefix:] = False
-    ids[:, :prefix] = torch.tensor(prefixes)
+def _columns(rows: Sequence[Sequence[Turn]], seen: Sequence[tuple[str, int]], prefix: int) -> list[Branch]:
+    """The branches side by side after the prefix, each as wide as its longest row."""
     branches, start = [], prefix
-    for column, (width, (task, seen)) in enumerate(zip(widths, visible, strict=True)):
-        stop = start + width
-        positions[start:stop] = torch.arange(seen, seen + width)
-        mask[start:stop, :seen] = True
-        mask[start:stop, start:stop] = torch.ones(width, width, dtype=torch.bool).tril()
-        branches.append(Branch(task, start, stop, seen))
-        for row, found in enumerate(rows):
-            prompt, answer = found[column]
-            middle, end = start + len(prompt), start + len(prompt) + len(answer)
-            ids[row, start:end] = torch.tensor(prompt + answer)
-            targets[row, middle:end] = torch.tensor(answer)
+    for turns, (task, visible) in zip(zip(*rows, strict=True), seen, strict=True):
+        stop = start + max(len(prompt) + len(answer) for prompt, answer in turns)
+        branches.append(Branch(task, start, stop, visible))
         start = stop
-    visual = (ids[0] == pad_token_id).nonzero()[:, 0]
-    return Batch(torch.from_numpy(tiles), ids, targets, visual, positions, mask, tuple(branches))
+    return branches
+
+
+def _filled(
+    prefixes: Sequence[Sequence[int]], rows: Sequence[Sequence[Turn]], branches: Sequence[Branch]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.zeros(len(rows), branches[-1].stop, dtype=torch.long)
+    targets = torch.full_like(ids, NO_TARGET)
+    ids[:, : len(prefixes[0])] = torch.tensor(prefixes)
+    for row, turns in enumerate(rows):
+        for branch, (prompt, answer) in zip(branches, turns, strict=True):
+            middle = branch.start + len(prompt)
+            ids[row, branch.start : middle] = torch.tensor(prompt)
+            ids[row, middle : middle + len(answer)] = targets[row, middle : middle + len(answer)] = torch.tensor(answer)
+    return ids, targets
+
+
+def _positions(branches: Sequence[Branch], prefix: int) -> torch.Tensor:
+    parts = [torch.arange(branch.visible, branch.visible + branch.stop - branch.start) for branch in branches]
+    return torch.cat([torch.arange(prefix), *parts])
+
+
+def _mask(branches: Sequence[Branch], prefix: int) -> torch.Tensor:
+    """True where a query may look: causal, and from a branch only into itself and what it sees of the prefix."""
+    length = branches[-1].stop
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    for branch in branches:
+        mask[branch.start : branch.stop, branch.visible : branch.start] = False
+    return mask

@@ -44,12 +44,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with its exact answer; a text-only question has no picture."""
+    """One question with its exact answer; a text-only question has no image (an encoded file) and no digits."""
 
     question: str
     answer: str
     task: str
-    picture: Picture | None = None
+    image: bytes | None = None
+    digits: tuple[int, ...] = ()
 
 
 @cache
@@ -171,13 +172,9 @@ def samples(count: int, *, seed: int, held_out: bool = True) -> list[Sample]:
     found: list[Sample] = []
     while len(found) < count:
         picture = maker.picture(maker.random.choice(GRIDS))
-        stored = Picture(_reopened(picture.image), picture.columns, picture.rows, picture.digits)
+        image = encoded(picture.image)
         for task in TASKS:
             question, answer = maker.question(task, picture.digits)
-            found.append(Sample(question, answer, task, None if task == "text" else stored))
+            on_image = (image, picture.digits) if task in IMAGE_TASKS else (None, ())
+            found.append(Sample(question, answer, task, *on_image))
     return found[:count]
-
-
-def _reopened(image: Image.Image) -> Image.Image:
-    """The picture as it is after storing: what a user sends is a file."""
-    return Image.open(io.BytesIO(encoded(image))).convert("RGB")

@@ -22,7 +22,11 @@ def config() -> dict[str, Any]:
     ids = build_tokenizer()
     return {
         "architectures": ["NVLM_D"],
-        "auto_map": {"AutoConfig": "configuration_nvlm_d.NVLM_D_Config"},
+        "auto_map": {
+            "AutoConfig": "configuration_nvlm_d.NVLM_D_Config",
+            "AutoModel": "modeling_nvlm_d.NVLM_D_Model",
+            "AutoModelForCausalLM": "modeling_nvlm_d.NVLM_D_Model",
+        },
         "model_type": "NVLM_D",
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
@@ -33,6 +37,8 @@ def config() -> dict[str, Any]:
         "select_layer": -1,
         "template": "chatml",
         "torch_dtype": "bfloat16",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
         "use_thumbnail": True,
         "llm_config": {
             "architectures": ["Qwen2ForCausalLM"],
@@ -41,12 +47,13 @@ def config() -> dict[str, Any]:
             "attention_dropout": 0.0,
             "bos_token_id": ids.token_to_id("<|endoftext|>"),
             "eos_token_id": ids.token_to_id("<|im_end|>"),
+            "do_sample": False,
             "hidden_act": "silu",
             "hidden_size": 256,
             "initializer_range": 0.02,
             "intermediate_size": 384,
+            "max_length": 20,
             "max_position_embeddings": 2048,
-            "max_window_layers": 4,
             "mlp_bias": False,
             "num_attention_heads": 8,
             "num_hidden_layers": 4,
@@ -56,7 +63,6 @@ def config() -> dict[str, Any]:
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
             "use_cache": True,
-            "use_sliding_window": False,
             "vocab_size": 512,
         },
         "vision_config": {
@@ -72,6 +78,7 @@ def config() -> dict[str, Any]:
             "initializer_range": 1e-10,
             "intermediate_size": 512,
             "layer_norm_eps": 1e-6,
+            "norm_type": "rms_norm",
             "num_attention_heads": 4,
             "num_channels": 3,
             "num_hidden_layers": 4,
@@ -123,6 +130,14 @@ def with_dummy_heads(name: str, tensor: torch.Tensor, shapes: VisionSpec) -> tor
     return tensor
 
 
+def without_dummy_heads(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What with_dummy_heads was given."""
+    width = spec().vision.hidden_size
+    if name.endswith("attn.qkv.weight"):
+        return torch.cat([part[:width] for part in tensor.chunk(3)])
+    return tensor[..., :width] if name.endswith(("attn.q_norm.weight", "attn.k_norm.weight", "attn.proj.weight")) else tensor
+
+
 def _documents() -> dict[str, dict[str, Any]]:
     end, pad = config()["llm_config"]["eos_token_id"], config()["llm_config"]["bos_token_id"]
     generation = {"do_sample": False, "eos_token_id": end, "pad_token_id": pad, "bos_token_id": pad}
@@ -148,7 +163,7 @@ def _documents() -> dict[str, dict[str, Any]]:
         "model_max_length": 2048,
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }
     return {
@@ -165,11 +180,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-CONFIGURATION = '''"""Configuration class for tools that load this folder with trust_remote_code."""
+CONFIGURATION = '''"""NVLM_D_Config: what `auto_map` in config.json points to, cut down to what a reader of this folder needs."""
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen2Config
 
 
 class NVLM_D_Config(PretrainedConfig):
     model_type = "NVLM_D"
+    has_no_defaults_at_init = True
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        # Before super().__init__: it already asks for the text config. The file says "llama" for a Qwen2 model.
+        qwen2 = {key: value for key, value in (llm_config or {}).items() if key != "model_type"}
+        self.llm_config = self.text_config = Qwen2Config(**qwen2)
+        self.vision_config = PretrainedConfig(**{"norm_type": "rms_norm", **(vision_config or {})})
+        super().__init__(**kwargs)
 '''

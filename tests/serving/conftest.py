@@ -2,106 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-MODELS = Path(__file__).parents[1] / "models"
-
-
-def _model_module(name: str) -> ModuleType:
-    """A module of tests/models, which is a folder of scripts."""
-    if str(MODELS) not in sys.path:
-        sys.path.insert(0, str(MODELS))
-    return importlib.import_module(name)
-
 
 @pytest.fixture(scope="session")
-def spec():
-    from nvlm_deploy.model.spec import spec_from_config
-
-    return spec_from_config(_model_module("folder").config(), padded_heads=11)
-
-
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    _model_module("tokenizer").write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def random_decoder(spec):
-    import torch
-
-    from nvlm_deploy.model.decoder import Decoder
-
-    torch.manual_seed(0)
-    decoder = Decoder(spec.decoder).requires_grad_(False).eval()
-    for name, weight in decoder.named_parameters():
-        if weight.ndim == 2:
-            weight.normal_(std=1.0 if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
-    return decoder.to(torch.bfloat16)
-
-
-@pytest.fixture(scope="session")
-def decoder_folder(random_decoder, spec, tmp_path_factory) -> Path:
-    import torch
-
-    from nvlm_deploy.checkpoint.trtllm import checkpoint_writer
-    from nvlm_deploy.checkpoint.trtllm_layout import Layout
+def decoder_folder(random_checkpoint, tiny_spec, tmp_path_factory) -> Path:
+    """The random decoder as a BF16 TensorRT-LLM checkpoint."""
+    from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 
     folder = tmp_path_factory.mktemp("decoder")
-    layout = Layout(spec.decoder)
-    weights = random_decoder.state_dict()
-    with checkpoint_writer(folder, layout) as writer:
-        for tensor in layout.tensors:
-            writer.put(tensor, torch.cat([weights[source] for source in tensor.sources]))
+    trtllm_checkpoint_from(random_checkpoint, tiny_spec, folder, calibration=None)
     return folder
 
 
 @pytest.fixture(scope="session")
-def vision_folder(spec, tmp_path_factory) -> Path:
-    """A stand-in for the encoder: each quarter of a tile's bytes through one random matrix."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    size, tokens, hidden = spec.tiling.tile_size, spec.tiling.tokens_per_tile, spec.decoder.hidden_size
-    width = size * size * 3 // tokens
-    matrix = np.random.default_rng(0).normal(size=(width, hidden)).astype(np.float32) / (width**0.5 * 64)
-    nodes = [
-        helper.make_node("Cast", ["tiles"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("Reshape", ["wide", "shape"], ["rows"]),
-        helper.make_node("MatMul", ["rows", "matrix"], ["embeddings"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "stand_in",
-        [helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["tiles", size, size, 3])],
-        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["tiles", tokens, hidden])],
-        [
-            numpy_helper.from_array(matrix, "matrix"),
-            numpy_helper.from_array(np.array([-1, tokens, width], dtype=np.int64), "shape"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    folder = tmp_path_factory.mktemp("vision")
-    onnx.save(model, folder / "vision.onnx")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def repository(spec, vision_folder, decoder_folder, tokenizer_file, tmp_path_factory) -> Path:
+def repository(tiny_spec, exported_vision, decoder_folder, tokenizer_file, tmp_path_factory) -> Path:
     from nvlm_deploy.triton.ensemble import ServingChoices
     from nvlm_deploy.triton.repository import RepositorySources, write_repository
 
     folder = tmp_path_factory.mktemp("repository")
-    sources = RepositorySources(vision=vision_folder, decoder=decoder_folder, tokenizer=tokenizer_file, spec=spec)
+    sources = RepositorySources(exported_vision.parent, decoder_folder, tokenizer_file, tiny_spec)
     write_repository(folder, sources, ServingChoices(max_batch_size=8, max_seq_len=512))
     return folder
 
@@ -191,17 +115,6 @@ class Caller:
                     break
                 answer.add(result)
         return answer
-
-    def status_of(self, text: str, **values):
-        """The gRPC status that a failing request ends its stream with, when the client asks for real statuses."""
-        from tritonclient import grpc
-
-        with grpc.InferenceServerClient(self.url) as client:
-            errors = []
-            client.start_stream(lambda result, error: errors.append(error), headers={"triton_grpc_error": "true"})
-            client.async_stream_infer("nvlm", self.inputs(text, **values))
-            client.stop_stream()
-        return [(error.status(), error.message()) for error in errors if error is not None]
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,28 +107,55 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(shard: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, from its header alone; NvlmError when the file is shorter than it says."""
+    """The tensors of one safetensors file, from its header alone.
+
+    Raises NvlmError when the file is shorter or longer than its header says, or no safetensors file at all.
+    """
     file_size = shard.stat().st_size
     with shard.open("rb") as file:
         prefix = file.read(8)
+        if prefix == b"version ":
+            raise NvlmError(f"shard {shard.name} in {shard.parent} is a Git LFS pointer", hint="run `git lfs pull`")
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_size
         if header_size > min(file_size - 8, _MAX_HEADER_BYTES):
             raise _truncated(shard, file_size, header_size + 8)
-        try:
-            header = json.loads(file.read(header_size))
-        except ValueError as problem:
-            raise NvlmError(f"{shard} has a damaged header: {problem}", hint=f"fetch {shard.name} again") from problem
-    header.pop("__metadata__", None)
-    data_start = 8 + header_size
-    end = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        header = file.read(header_size)
+    infos = _infos(header, shard)
+    end = 8 + header_size + max((info.offset + info.size_bytes for info in infos), default=0)
     if file_size != end:
         raise _truncated(shard, file_size, end)
-    return [_info(name, entry, shard, data_start) for name, entry in header.items()]
+    _require_valid(shard)
+    return [replace(info, offset=8 + header_size + info.offset) for info in infos]
 
 
-def _info(name: str, entry: Mapping[str, Any], shard: Path, data_start: int) -> TensorInfo:
+def _infos(header: bytes, shard: Path) -> list[TensorInfo]:
+    """Offsets are counted from the end of the header."""
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        return [_info(name, entry, shard) for name, entry in entries.items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise _damaged(shard, problem) from problem
+
+
+def _info(name: str, entry: Mapping[str, Any], shard: Path) -> TensorInfo:
     begin, end = entry["data_offsets"]
-    return TensorInfo(name, entry["dtype"], tuple(entry["shape"]), shard, end - begin, data_start + begin)
+    return TensorInfo(name, str(entry["dtype"]), tuple(entry["shape"]), shard, end - begin, begin)
+
+
+def _require_valid(shard: Path) -> None:
+    """The library's own validation: shapes that match their bytes, no overlaps, no gaps."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="np"):
+            pass
+    except SafetensorError as problem:
+        raise _damaged(shard, problem) from problem
+
+
+def _damaged(shard: Path, problem: Exception) -> NvlmError:
+    return NvlmError(f"shard {shard.name} in {shard.parent} has a damaged header: {problem}", hint="fetch it again")
 
 
 def _truncated(shard: Path, found: int, expected: int) -> NvlmError:

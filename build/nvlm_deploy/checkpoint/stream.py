@@ -17,31 +17,46 @@ from nvlm_deploy.errors import MachineError
 if TYPE_CHECKING:
     import torch
 
-# in safetensors' own order: wider types first, so that every tensor is aligned
-_DTYPE_BYTES = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+# safetensors' name -> torch's, and bytes of an element
+_DTYPES = {"F32": ("torch.float32", 4), "BF16": ("torch.bfloat16", 2), "F8_E4M3": ("torch.float8_e4m3fn", 1)}
 _READ_BACK_BYTES = 1 << 24
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Place:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size_bytes(self) -> int:
+        return _DTYPES[self.dtype][1] * prod(self.shape)
+
+
+@dataclass(frozen=True)
 class TensorStream:
     """An open file with its header written; every tensor of the header is to be put once, in any order."""
 
     path: Path
     file: BinaryIO
-    places: Mapping[str, tuple[int, int]]
+    data_start: int
+    places: Mapping[str, _Place]
     checksums: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor; ValueError when it is not what the header says."""
         import torch
 
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        offset, size = self.places[name]
-        if data.nbytes != size or name in self.checksums:
-            raise ValueError(f"{name}: {data.nbytes} bytes for a place of {size}, or put twice")
-        self.file.seek(offset)
-        self.file.write(data.data)
-        self.checksums[name] = zlib.crc32(data.data)
+        place = self.places[name]
+        if (str(tensor.dtype), tuple(tensor.shape)) != (_DTYPES[place.dtype][0], place.shape):
+            expected = f"{_DTYPES[place.dtype][0]} {list(place.shape)}"
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is for {expected}")
+        if name in self.checksums:
+            raise ValueError(f"{name} put twice")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self.file.seek(self.data_start + place.begin)
+        self.file.write(data)
+        self.checksums[name] = zlib.crc32(data)
 
     def verify(self) -> None:
         """Read everything back from the file. Raises MachineError when the disk gives back other bytes."""
@@ -49,17 +64,17 @@ class TensorStream:
         if unwritten:
             raise ValueError(f"{self.path.name}: {len(unwritten)} tensors never written, as {min(unwritten)}")
         self.file.flush()
-        for name, (offset, size) in self.places.items():
-            if self._checksum(offset, size) != self.checksums[name]:
+        for name, place in self.places.items():
+            if self._checksum(place) != self.checksums[name]:
                 raise MachineError(
                     f"{name} read back from {self.path} differs from what was written", hint="check the disk"
                 )
 
-    def _checksum(self, offset: int, size: int) -> int:
-        self.file.seek(offset)
+    def _checksum(self, place: _Place) -> int:
+        self.file.seek(self.data_start + place.begin)
         checksum = 0
-        for start in range(0, size, _READ_BACK_BYTES):
-            checksum = zlib.crc32(self.file.read(min(_READ_BACK_BYTES, size - start)), checksum)
+        for start in range(0, place.size_bytes, _READ_BACK_BYTES):
+            checksum = zlib.crc32(self.file.read(min(_READ_BACK_BYTES, place.size_bytes - start)), checksum)
         return checksum
 
 
@@ -69,23 +84,33 @@ def tensor_stream(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 
     The caller makes it atomic, as by writing into a folder of `artifacts.replace_folder`.
     """
-    order = sorted(tensors, key=lambda name: (-_DTYPE_BYTES[tensors[name][0]], name))
-    ends = {}
-    end = 0
-    for name in order:
-        dtype, shape = tensors[name]
-        begin, end = end, end + _DTYPE_BYTES[dtype] * prod(shape)
-        ends[name] = (begin, end)
-    entries = {
-        name: {"dtype": tensors[name][0], "shape": list(tensors[name][1]), "data_offsets": list(ends[name])}
-        for name in order
-    }
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    start = 8 + len(header)
+    places = _places(tensors)
+    header = _header(places)
     with path.open("w+b") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        places = {name: (start + begin, stop - begin) for name, (begin, stop) in ends.items()}
-        stream = TensorStream(path, file, places)
+        stream = TensorStream(path, file, 8 + len(header), places)
         yield stream
         stream.verify()
+
+
+def _places(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, _Place]:
+    """In safetensors' own order: wider types first, so that every tensor is aligned."""
+    places: dict[str, _Place] = {}
+    begin = 0
+    for name in sorted(tensors, key=lambda name: (-_DTYPES[tensors[name][0]][1], name)):
+        places[name] = _Place(*tensors[name], begin)
+        begin += places[name].size_bytes
+    return places
+
+
+def _header(places: Mapping[str, _Place]) -> bytes:
+    entries = {
+        name: {
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [place.begin, place.begin + place.size_bytes],
+        }
+        for name, place in places.items()
+    }
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)

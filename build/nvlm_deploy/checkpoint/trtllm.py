@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.checkpoint.reader import read_header, read_json
 from nvlm_deploy.checkpoint.stream import TensorStream, tensor_stream
-from nvlm_deploy.checkpoint.trtllm_layout import Layout, LayoutTensor, layout_from_config, rank_file
+from nvlm_deploy.checkpoint.trtllm_config import config_from_layout, layout_from_config
+from nvlm_deploy.checkpoint.trtllm_layout import Layout, LayoutTensor, rank_file
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec
 
@@ -97,7 +98,7 @@ def checkpoint_writer(folder: Path, layout: Layout) -> Iterator[CheckpointWriter
             for rank in range(layout.parallelism.world_size)
         ]
         yield CheckpointWriter(layout, streams)
-    write_text(folder / CONFIG_NAME, json.dumps(layout.config, indent=2) + "\n")
+    write_text(folder / CONFIG_NAME, json.dumps(config_from_layout(layout), indent=2) + "\n")
     read_checkpoint(folder)
 
 

@@ -124,6 +124,7 @@ class ObservedLayer:
         positions = torch.arange(states.shape[1], device=states.device)[None]
         rotary = rotary_tables(positions, self.spec, states.dtype)
         output: torch.Tensor = self.layer(states, rotary, None, self)
+        self._finite("output", magnitude(output))
         return output
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,10 +147,13 @@ class ObservedLayer:
         self.layer.get_submodule(linear).register_forward_pre_hook(hook)
 
     def _record(self, name: str, x: torch.Tensor) -> None:
-        value = magnitude(x)
+        value = self._finite(name, magnitude(x))
+        self.found[name] = torch.maximum(self.found[name], value) if name in self.found else value
+
+    def _finite(self, name: str, value: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(value):
             raise NvlmError(f"{self.name}.{name} holds NaN or infinity in calibration sample {self.sample}")
-        self.found[name] = torch.maximum(self.found[name], value) if name in self.found else value
+        return value
 
 
 def _require_samples(samples: Sequence[torch.Tensor], spec: DecoderSpec) -> None:

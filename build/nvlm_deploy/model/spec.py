@@ -146,6 +146,7 @@ def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = No
     vision = _vision_spec(_Section(_section(config, "vision_config"), "vision_config"), padded_heads)
     decoder = _decoder_spec(llm)
     shuffle = _pixel_shuffle_factor(top)
+    _require_divides(vision.grid, shuffle, "patches along a tile", "pixel shuffle factor")
     tiling = TilingSpec(
         tile_size=top.integer("force_image_size", vision.image_size),
         min_tiles=top.integer("min_dynamic_patch", 1),
@@ -153,6 +154,10 @@ def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = No
         use_thumbnail=bool(top.get("use_thumbnail", True)),
         tokens_per_tile=(vision.grid // shuffle) ** 2,
     )
+    if tiling.min_tiles > tiling.max_tiles:
+        raise NvlmError(
+            f"config.json: min_dynamic_patch {tiling.min_tiles} exceeds max_dynamic_patch {tiling.max_tiles}"
+        )
     if tiling.tile_size != vision.image_size:
         raise NvlmError(f"force_image_size is {tiling.tile_size}, vision_config.image_size {vision.image_size}")
     projector = ProjectorSpec(vision.hidden_size * shuffle**2, decoder.intermediate_size, decoder.hidden_size)
@@ -259,6 +264,8 @@ def _pixel_shuffle_factor(top: _Section) -> int:
         raise NvlmError(f"config.json: ps_version is {version!r}; NVLM-D is trained with 'v2' (v1 transposes the grid)")
     if top.get("select_layer", -1) != -1:
         raise NvlmError(f"config.json: select_layer is {top.get('select_layer', -1)}; only -1, the last, is supported")
+    if ratio != 0.5:
+        raise NvlmError(f"config.json: downsample_ratio is {ratio}; only 0.5, four patches a token, is supported")
     return round(1 / ratio)
 
 

@@ -47,6 +47,8 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = Image.open(io.BytesIO(encoded), formats=READABLE_FORMATS)
     except UnidentifiedImageError:
         raise NvlmError(f"not an image: {len(encoded)} bytes that are no {', '.join(READABLE_FORMATS)} file") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, twice its warning level
+        raise _too_large("more than 2 x 89 million pixels", max_pixels) from None
     except Exception as problem:
         raise NvlmError(f"the image cannot be opened: {problem}") from problem
     _require_sane_size(image.size, max_pixels)
@@ -61,10 +63,14 @@ def _require_sane_size(size: tuple[int, int], max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise NvlmError(f"the image has {width} x {height} pixels")
     if width * height > max_pixels:
-        raise NvlmError(
-            f"the image has {width} x {height} pixels, more than the {max_pixels:,} that are decoded",
-            hint="scale it down first: the model never sees more than its tiles",
-        )
+        raise _too_large(f"{width} x {height} pixels", max_pixels)
+
+
+def _too_large(found: str, max_pixels: int) -> NvlmError:
+    return NvlmError(
+        f"the image has {found}, more than the {max_pixels:,} that are decoded",
+        hint="scale it down first: the model never sees more than its tiles",
+    )
 
 
 def candidate_grids(tiling: TilingSpec) -> list[Grid]:

@@ -142,7 +142,8 @@ class Normalisation(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        return (tiles.permute(0, 3, 1, 2).to(self.mean.dtype) / 255 - self.mean) / self.std
+        # the cast comes first: TensorRT takes uint8 into a cast and nowhere else
+        return (tiles.to(self.mean.dtype).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
 
 
 class VisionTower(nn.Module):

@@ -58,8 +58,9 @@ class RepositorySources:
 def write_repository(folder: Path, sources: RepositorySources, choices: ServingChoices) -> None:
     """Fill an empty folder with the repository, then read it back and cross-check it.
 
-    Artifacts are hard links where the file system allows, copies elsewhere; configs hold no path, so the folder can be
-    moved. Writing is not atomic: fill a temporary folder and rename it (`artifacts.replace_folder`, or a pipeline step).
+    Artifacts are hard links where the file system allows, copies elsewhere; configs hold no path, so the folder can
+    be moved. Writing is not atomic: fill a temporary folder and rename it (`artifacts.replace_folder`, or a pipeline
+    step).
     """
     sources.checked()
     digest = sha256_of(sources.vision / VISION_FILE)

@@ -239,8 +239,8 @@ def _require_old_numpy() -> None:
 def prepare_backend(installation: Installation, folder: Path) -> None:
     """A backend directory with the stub of this Python's version beside the backend's library.
 
-    The stub runs an isolated interpreter, which knows the virtual environment but no PYTHONPATH. The backend's folder is
-    on its import path, so this very package is linked there.
+    The stub runs an isolated interpreter, which knows the virtual environment but no PYTHONPATH. The backend's
+    folder is on its import path, so this very package is linked there.
     """
     backend = folder / "python"
     package = backend / "nvlm_deploy"
@@ -248,9 +248,9 @@ def prepare_backend(installation: Installation, folder: Path) -> None:
     for part in (*installation.python_backend.iterdir(), installation.stub):
         if part.is_file():
             link_or_copy(part, backend / part.name)
-    for root in import_module("nvlm_deploy").__path__:
-        for part in Path(root).glob("[a-z]*"):
-            (package / part.name).symlink_to(part.absolute())
+    roots = {Path(root).resolve() for root in import_module("nvlm_deploy").__path__}
+    for part in (part for root in roots for part in root.glob("[a-z]*")):
+        (package / part.name).symlink_to(part)
 
 
 def server_command(installation: Installation, repository: Path, backends: Path, choices: ServerChoices) -> list[str]:
@@ -273,7 +273,7 @@ def server_command(installation: Installation, repository: Path, backends: Path,
 
 
 def server_environment(installation: Installation, *, threads: int) -> dict[str, str]:
-    """This process's environment with what the server and its stubs need; few threads, as five stubs share the cores."""
+    """This process's environment with what the server needs; few threads, as its stubs share the cores."""
     environment = dict(os.environ)
     libraries = [*(str(folder) for folder in installation.library_folders), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))

@@ -44,8 +44,8 @@ def _faults(ensemble: ModelConfig, models: Mapping[str, ModelConfig]) -> Iterato
     for name, consumer in wires:
         if name not in made:
             yield f"{consumer.place} reads ensemble tensor {name}, which nothing makes"
-        else:
-            yield from _disagreements(made[name][0], consumer)
+        for producer in made.get(name, []):
+            yield from _disagreements(producer, consumer)
 
 
 def _producers(ensemble: ModelConfig, models: Mapping[str, ModelConfig]) -> dict[str, list[_End]]:

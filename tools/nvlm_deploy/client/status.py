@@ -1,4 +1,4 @@
-"""What a gRPC status means to the user: wrong input, or a machine that fails."""
+"""What a failure of the server means to the user: wrong input, or a machine that fails."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ import re
 
 from nvlm_deploy.errors import MachineError, NvlmError
 
-# The status codes by name, so that grpc is not needed to judge one.
+# Statuses by name, so that grpc is not needed to judge one.
 _WRONG_INPUT = ("INVALID_ARGUMENT", "OUT_OF_RANGE")
 _WRAPPING = re.compile(r"^in ensemble '[^']*', ")
+_CODE = re.compile(r"^([A-Z_]{5,}): ")
+# What gRPC itself says when there is no connection, or no longer one.
+_CONNECTION = re.compile(r"connect|resolv|socket|GOAWAY|broken pipe|end of tcp stream", re.IGNORECASE)
+# How Triton and our own models (serving/backend.py) begin the texts of faults that are not the request's.
+_FAULT = re.compile(r"^\w*(Error|Exception): |^Failed to |stub process|wait already|shutting down", re.IGNORECASE)
+
+
+def error_from_text(url: str, text: str) -> NvlmError:
+    """The error for a message in the stream, which has no status code unless the text begins with its name.
+
+    Without one it is taken for the request's fault, but for the known beginnings of the others.
+    """
+    text = _WRAPPING.sub("", text)
+    if code := _CODE.match(text):
+        return error_from_status(url, code[1], text[code.end() :])
+    return error_from_status(url, "INTERNAL" if _FAULT.search(text) else "INVALID_ARGUMENT", text)
 
 
 def error_from_status(url: str, code: str, details: str) -> NvlmError:
@@ -24,7 +40,7 @@ def error_from_status(url: str, code: str, details: str) -> NvlmError:
         return NvlmError(f"the server at {url} has no model nvlm: {message}", hint="serve a repository of ours")
     if code == "DEADLINE_EXCEEDED":
         return MachineError(f"the server at {url} gave no whole answer in time", hint="allow more time (--timeout)")
-    if code == "UNAVAILABLE" and _is_connection_failure(message):
+    if code == "UNAVAILABLE" and _CONNECTION.search(message):
         return MachineError(
             f"no server answers at {url}: {message}",
             hint="start one with `nvlm serve REPOSITORY`, or give its gRPC address with --url HOST:PORT",
@@ -33,10 +49,6 @@ def error_from_status(url: str, code: str, details: str) -> NvlmError:
 
 
 def _message_and_hint(details: str) -> tuple[str, str | None]:
-    """The server sends `str(NvlmError)`; an ensemble puts its own name before it."""
-    message, _, hint = _WRAPPING.sub("", details).partition("\n  hint: ")
+    """The server sends `str(NvlmError)`."""
+    message, _, hint = details.partition("\n  hint: ")
     return message, hint or None
-
-
-def _is_connection_failure(message: str) -> bool:
-    return any(sign in message for sign in ("connect", "Socket", "DNS", "resolve", "GOAWAY", "Broken pipe"))

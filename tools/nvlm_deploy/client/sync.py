@@ -8,7 +8,6 @@ from typing import Any
 from nvlm_deploy.client.answer import Answer, AnswerBuilder
 from nvlm_deploy.client.request import Generation, Image, input_tensors
 from nvlm_deploy.client.wire import (
-    METADATA,
     broken_stream,
     channel_to,
     checked,
@@ -45,7 +44,7 @@ class NvlmClient:
         generation = generation or Generation()
         request = infer_request(input_tensors(question, images, generation))
         builder = AnswerBuilder(generation)
-        call = self._service.ModelStreamInfer(iter([request]), timeout=self.timeout_s, metadata=METADATA)
+        call = self._service.ModelStreamInfer(iter([request]), timeout=self.timeout_s)
         return AnswerStream(self.url, call, builder)
 
     def close(self) -> None:

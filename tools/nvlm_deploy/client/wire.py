@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from nvlm_deploy.client.status import error_from_status
+from nvlm_deploy.client.status import error_from_status, error_from_text
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.tensors import TensorSpec
 
 ENSEMBLE = "nvlm"
 # Images travel in the message; gRPC's own limit is 4 MiB.
 CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-# Asks Triton to end the stream with a real gRPC status instead of a text without a code.
-METADATA = (("triton_grpc_error", "true"),)
 
 
 def channel_to(url: str) -> Any:
@@ -83,9 +81,13 @@ def output_values(response: Any) -> dict[str, Any]:
 
 
 def checked(url: str, message: Any) -> Any:
-    """The `ModelInferResponse` in one message of the stream; raises the error that a server may put in its place."""
+    """The `ModelInferResponse` in one message of the stream; raises the error that a server may put in its place.
+
+    Such an error is a text without a status code. The header `triton_grpc_error`, which asks for codes, is not sent: it
+    makes tritonserver 2.51 die of signal 11 as soon as some request fails.
+    """
     if message.error_message:
-        raise error_from_status(url, "UNKNOWN", message.error_message)
+        raise error_from_text(url, message.error_message)
     return message.infer_response
 
 

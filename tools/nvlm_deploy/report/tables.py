@@ -87,7 +87,7 @@ def latency_as_json(latency: Latency) -> dict[str, Any]:
 
 
 def _add_accuracy(table: Table, results: Sequence[ModelResult]) -> None:
-    table.add_row("[bold]right answers[/bold], % (95 % interval)")
+    table.add_row("[bold]right[/bold], % (95 % interval)")
     for task in results[0].accuracy:
         found = [result.accuracy[task] for result in results]
         table.add_row(f"  {task}", str(found[0].total), *(_accuracy_cell(accuracy) for accuracy in found))
@@ -98,7 +98,7 @@ def _add_latency(table: Table, kind: str, found: Sequence[Latency]) -> None:
     table.add_row(f"[bold]{kind}[/bold], ms (p50 / p95)")
     requests = str(found[0].n)
     table.add_row("  time to first token", requests, *(_times_cell(latency.time_to_first_token) for latency in found))
-    table.add_row("  per token after it", requests, *(_times_cell(latency.per_token) for latency in found))
+    table.add_row("  per token", requests, *(_times_cell(latency.per_token) for latency in found))
     table.add_row("  end to end", requests, *(_times_cell(latency.end_to_end) for latency in found))
 
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.tensors import TensorSpec
@@ -37,7 +38,7 @@ def set_up_logging() -> None:
     package.setLevel(logging.INFO)
 
 
-def array(request: Any, spec: TensorSpec) -> np.ndarray | None:
+def array(request: Any, spec: TensorSpec) -> NDArray[Any] | None:
     """The request's tensor as numpy, None when it was left out."""
     tensor = backend_module().get_input_tensor_by_name(request, spec.name)
     return None if tensor is None else np.asarray(tensor.as_numpy())
@@ -59,7 +60,7 @@ def texts(request: Any, spec: TensorSpec) -> tuple[bytes, ...]:
     return () if values is None else tuple(bytes(value) for value in values.reshape(-1).tolist())
 
 
-def numpy_response(arrays: dict[str, np.ndarray]) -> Any:
+def numpy_response(arrays: dict[str, NDArray[Any]]) -> Any:
     """A response of numpy tensors."""
     utils = backend_module()
     return utils.InferenceResponse([utils.Tensor(name, values) for name, values in arrays.items()])
@@ -68,14 +69,22 @@ def numpy_response(arrays: dict[str, np.ndarray]) -> Any:
 def error_response(problem: Exception) -> Any:
     """The response that fails this one request and no other.
 
-    A NvlmError is the request's fault (INVALID_ARGUMENT), a MachineError is a passing lack (UNAVAILABLE); anything else
-    is our bug: INTERNAL, with a traceback in the server's log.
+    A NvlmError is the request's fault, a MachineError is a lack that passes; anything else is our bug, with a traceback
+    in the server's log. The text begins with the status' name: on a gRPC stream Triton sends the text alone, and the
+    header that asks for statuses (`triton_grpc_error`) lets tritonserver 2.51 die of signal 11.
     """
+    if not isinstance(problem, NvlmError):
+        logger.error("a request failed by a fault of the server", exc_info=problem)
+    name, code = _status(problem)
+    text = str(problem) if isinstance(problem, NvlmError) else f"{type(problem).__name__}: {problem}"
     utils = backend_module()
-    error = utils.TritonError
+    return utils.InferenceResponse(error=utils.TritonError(f"{name}: {text}", code))
+
+
+def _status(problem: Exception) -> tuple[str, Any]:
+    error = backend_module().TritonError
     if isinstance(problem, MachineError):
-        return utils.InferenceResponse(error=error(str(problem), error.UNAVAILABLE))
+        return "UNAVAILABLE", error.UNAVAILABLE
     if isinstance(problem, NvlmError):
-        return utils.InferenceResponse(error=error(str(problem), error.INVALID_ARG))
-    logger.error("a request failed by a fault of the server", exc_info=problem)
-    return utils.InferenceResponse(error=error(f"{type(problem).__name__}: {problem}", error.INTERNAL))
+        return "INVALID_ARGUMENT", error.INVALID_ARG
+    return "INTERNAL", error.INTERNAL

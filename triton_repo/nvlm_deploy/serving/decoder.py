@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
@@ -35,7 +36,7 @@ _SAMPLING = {
 _HONOURED = {
     *_SAMPLING,
     *("input_ids", "input_lengths", "request_output_len", "end_id", "stop_words_list", "bad_words_list"),
-    *("streaming", "exclude_input_in_output", "prompt_embedding_table", "prompt_vocab_size"),
+    *("streaming", "stop", "exclude_input_in_output", "prompt_embedding_table", "prompt_vocab_size"),
 }
 # no effect without beams, KV reuse or padding; both token counts are always returned
 _WITHOUT_EFFECT = {
@@ -46,7 +47,6 @@ _WITHOUT_EFFECT = {
 _ONLY_VALUE = {
     "beam_width": 1,
     "num_return_sequences": 1,
-    "stop": False,
     "return_log_probs": False,
     "return_context_logits": False,
     "return_generation_logits": False,
@@ -75,10 +75,17 @@ class TritonPythonModel:
         self.scheduler.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Queue the requests; returns at once."""
+        """Queue the requests; returns at once.
+
+        A request with `stop` ends those of its own id: an ensemble does not pass its cancellation on (tried on 2.51).
+        """
         for request in requests:
             sender = request.get_response_sender()
             try:
+                if _is_set(request, tensors.STOP):
+                    self.scheduler.cancel(str(request.request_id()))
+                    send_last(sender, empty_response())
+                    continue
                 generation = self._generation(request)
                 sink = ResponseSink(sender, generation, in_pieces=_is_set(request, tensors.STREAMING))
                 if not _is_set(request, tensors.EXCLUDE_INPUT_IN_OUTPUT):
@@ -105,6 +112,7 @@ class TritonPythonModel:
             sampling=sampling_settings(request),
             stop_words=_words(request, tensors.STOP_WORDS_LIST),
             bad_words=self._bad_words(request),
+            request_id=str(request.request_id()),
         )
 
     def _prompt(self, request: Any) -> tuple[int, ...]:
@@ -122,7 +130,7 @@ class TritonPythonModel:
         tensor = backend.backend_module().get_input_tensor_by_name(request, tensors.PROMPT_EMBEDDING_TABLE.name)
         if tensor is None:
             return None
-        table = torch.from_dlpack(tensor.to_dlpack()).clone()
+        table = torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).clone()
         rows = backend.scalar(request, tensors.PROMPT_VOCAB_SIZE)
         if tuple(table.shape) != (1, rows, self.hidden_size):
             raise NvlmError(
@@ -171,13 +179,23 @@ class ResponseSink:
         """Ask Triton whether the client went away."""
         return bool(self._sender.is_cancelled())
 
-    def _outputs(self, step: Progress) -> dict[str, np.ndarray]:
-        return {
-            tensors.OUTPUT_IDS.name: np.array([[self._unsent]], dtype=np.int32),
-            tensors.SEQUENCE_LENGTH.name: np.array([[len(self._unsent)]], dtype=np.int32),
-            tensors.INPUT_TOKEN_COUNT.name: np.array([[len(self._prompt)]], dtype=np.int32),
-            tensors.OUTPUT_TOKEN_COUNT.name: np.array([[step.total]], dtype=np.int32),
-        }
+    def _outputs(self, step: Progress) -> dict[str, NDArray[Any]]:
+        return decoder_outputs(self._unsent, input_tokens=len(self._prompt), output_tokens=step.total)
+
+
+def decoder_outputs(ids: list[int], *, input_tokens: int, output_tokens: int) -> dict[str, NDArray[Any]]:
+    """The outputs of contract C.3 that are made, for one beam of one request."""
+    return {
+        tensors.OUTPUT_IDS.name: np.array([[ids]], dtype=np.int32),
+        tensors.SEQUENCE_LENGTH.name: np.array([[len(ids)]], dtype=np.int32),
+        tensors.INPUT_TOKEN_COUNT.name: np.array([[input_tokens]], dtype=np.int32),
+        tensors.OUTPUT_TOKEN_COUNT.name: np.array([[output_tokens]], dtype=np.int32),
+    }
+
+
+def empty_response() -> Any:
+    """An answer of no tokens."""
+    return backend.numpy_response(decoder_outputs([], input_tokens=0, output_tokens=0))
 
 
 def engine_from_settings(settings: ServingSettings) -> ReferenceEngine:

@@ -23,7 +23,7 @@ class TokenBytes:
     """The bytes of each token of a byte-level BPE tokenizer; special tokens have none."""
 
     def __init__(self, tokenizer_file: Path) -> None:
-        """Raises NvlmError for a tokenizer whose decoder is not byte-level: its bytes are not defined token by token."""
+        """Raises NvlmError for a tokenizer whose decoder is not byte-level: its tokens have no bytes of their own."""
         content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
         if (content.get("decoder") or {}).get("type") != "ByteLevel":
             raise NvlmError(f"{tokenizer_file}: the decoder is not ByteLevel: not the tokenizer of NVLM-D")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_deploy.serving import backend
 from nvlm_deploy.serving.detokenizer import Detokenizer, TokenBytes
@@ -44,7 +45,7 @@ class TritonPythonModel:
         except Exception as problem:
             return backend.error_response(problem)
 
-    def _outputs(self, request: Any) -> dict[str, np.ndarray]:
+    def _outputs(self, request: Any) -> dict[str, NDArray[Any]]:
         ids = backend.array(request, OUTPUT_IDS)
         tokens: list[int] = [] if ids is None else ids.reshape(-1).tolist()
         inputs = int(backend.scalar(request, INPUT_TOKEN_COUNT))

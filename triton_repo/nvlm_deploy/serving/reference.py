@@ -11,6 +11,7 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.decoder import Decoder, LayerCache
 from nvlm_deploy.model.spec import DecoderSpec
 
+
 class SlottedKvCache:
     """Keys and values of a fixed number of sequences; all memory is taken at once."""
 

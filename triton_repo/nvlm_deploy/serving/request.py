@@ -7,8 +7,10 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
@@ -93,7 +95,7 @@ class RequestPreparer:
         self.prompts.ids("warm up", [1])
         tiles_from_image(Image.new("RGB", (2, 2)), self.spec.tiling)
 
-    def prepared(self, ask: Ask) -> dict[str, np.ndarray]:
+    def prepared(self, ask: Ask) -> dict[str, NDArray[Any]]:
         """Every output tensor of the preprocessing model, by name. Raises NvlmError for what cannot be served."""
         sampling = ask.sampling.checked()
         question = self._question(ask)
@@ -123,7 +125,7 @@ class RequestPreparer:
             raise NvlmError(f"max_tokens is {ask.max_tokens}, expected at least 1")
         return question
 
-    def _tiles(self, images: Sequence[bytes]) -> list[np.ndarray]:
+    def _tiles(self, images: Sequence[bytes]) -> list[NDArray[Any]]:
         tiles = []
         for number, encoded in enumerate(images, start=1):
             try:
@@ -134,7 +136,7 @@ class RequestPreparer:
             tiles.append(tiles_from_image(image, self.spec.tiling))
         return tiles
 
-    def _all_tiles(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def _all_tiles(self, images: Sequence[NDArray[Any]]) -> NDArray[Any]:
         size = self.spec.tiling.tile_size
         return np.concatenate([np.empty((0, size, size, 3), dtype=np.uint8), *images])
 
@@ -164,7 +166,7 @@ class RequestPreparer:
         encode = self.prompts.tokenizer.encode
         return list(dict.fromkeys(tuple(encode(form, add_special_tokens=False).ids) for form in forms))
 
-    def _extra_ids(self, ids: Sequence[int], images: Sequence[np.ndarray]) -> np.ndarray:
+    def _extra_ids(self, ids: Sequence[int], images: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """uint64 [1, tokens]: at visual positions an id of the tile's content, 0 elsewhere.
 
         KV blocks are shared by token ids, and all images have the same visual ids; without these two images with one
@@ -176,7 +178,7 @@ class RequestPreparer:
         extra[0, positions] = np.repeat(np.array(keys, dtype=np.uint64), self.spec.tiling.tokens_per_tile)
         return extra
 
-    def _tile_key(self, tile: np.ndarray) -> int:
+    def _tile_key(self, tile: NDArray[Any]) -> int:
         """A 64-bit id >= 1 of the pixels and the encoder."""
         digest = hashlib.sha256(self.vision_digest.encode() + tile.tobytes()).digest()
         return int.from_bytes(digest[:8], "little") or 1
@@ -187,11 +189,13 @@ def _forms(word: bytes) -> tuple[str, str]:
     return text, f" {text}"
 
 
-def _one(value: float, dtype: type[np.generic]) -> np.ndarray:
+def _one(value: float, dtype: type[np.generic]) -> NDArray[Any]:
     return np.array([[value]], dtype=dtype)
 
 
-def _decoder_tensors(ids: Sequence[int], max_tokens: int, stop_words: np.ndarray, *, stream: bool) -> dict[str, np.ndarray]:
+def _decoder_tensors(
+    ids: Sequence[int], max_tokens: int, stop_words: NDArray[Any], *, stream: bool
+) -> dict[str, NDArray[Any]]:
     return {
         tensors.INPUT_IDS.name: np.array([ids], dtype=np.int32),
         tensors.INPUT_LENGTHS.name: _one(len(ids), np.int32),
@@ -204,7 +208,7 @@ def _decoder_tensors(ids: Sequence[int], max_tokens: int, stop_words: np.ndarray
     }
 
 
-def _sampling_tensors(sampling: Sampling) -> dict[str, np.ndarray]:
+def _sampling_tensors(sampling: Sampling) -> dict[str, NDArray[Any]]:
     """Greedy search is runtime_top_k 1 at temperature 1; a missing seed is drawn, so that answers differ."""
     temperature, top_k, top_p = 1.0, 1, 1.0
     if not sampling.is_greedy:

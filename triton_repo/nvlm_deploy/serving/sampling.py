@@ -59,6 +59,9 @@ def _require(holds: bool, name: str, value: float, expected: str) -> None:
         raise NvlmError(f"{name} is {value}, expected {expected}")
 
 
+GREEDY = SamplingSettings()
+
+
 class Sampler:
     """Picks the tokens of one sequence, in order."""
 
@@ -101,7 +104,9 @@ class Sampler:
     def _penalise(self, logits: torch.Tensor) -> None:
         """Repetition counts prompt and answer (Keskar et al. 2019); presence and frequency the answer only (OpenAI)."""
         counts = Counter(self.generated)
-        seen = torch.tensor([token for token in self._prompt | counts.keys() if token < logits.numel()], dtype=torch.long)
+        seen = torch.tensor(
+            [token for token in self._prompt | counts.keys() if token < logits.numel()], dtype=torch.long
+        )
         penalty = self.settings.repetition_penalty
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         for token, count in counts.items():

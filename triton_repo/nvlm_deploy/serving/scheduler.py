@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from nvlm_deploy.errors import MachineError
-from nvlm_deploy.serving.sampling import Sampler, SamplingSettings
+from nvlm_deploy.serving.sampling import GREEDY, Sampler, SamplingSettings
 from nvlm_deploy.serving.word_list import Word, ends_with
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ class Generation:
     max_tokens: int
     end_id: int
     table: torch.Tensor | None = None
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = GREEDY
     stop_words: tuple[Word, ...] = ()
     bad_words: tuple[Word, ...] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _Sequence:
         self.sink = sink
         self.slot = -1
         self.is_done = False
+        self.is_stopped = False
         self.sampler = Sampler(
             generation.sampling, generation.prompt, end_id=generation.end_id, bad_words=generation.bad_words
         )
@@ -105,6 +107,10 @@ class _Sequence:
     @property
     def last_token(self) -> int:
         return self.sampler.generated[-1]
+
+    @property
+    def total(self) -> int:
+        return len(self.sampler.generated)
 
     def advance(self, logits: torch.Tensor) -> None:
         """Choose the next token and deliver it."""
@@ -125,9 +131,10 @@ class _Sequence:
         """Asking Triton costs a round trip to its process, so not at every token."""
         if now >= self._next_poll:
             self._next_poll = now + CANCEL_POLL_S
-            if self.sink.is_cancelled():
-                logger.info("a request was cancelled after %d tokens", len(self.sampler.generated))
-                self._deliver((self.generation.end_id,), len(self.sampler.generated), is_final=True)
+            self.is_stopped = self.is_stopped or self.sink.is_cancelled()
+        if self.is_stopped:
+            logger.info("request %r was cancelled after %d tokens", self.generation.request_id, self.total)
+            self._deliver((self.generation.end_id,), self.total, is_final=True)
 
     def _deliver(self, new_ids: tuple[int, ...], total: int, *, is_final: bool) -> None:
         self.is_done = is_final
@@ -170,6 +177,13 @@ class Scheduler:
                 raise MachineError(f"{self.max_waiting} requests wait already", hint="try again later")
             self._waiting.append(sequence)
             self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End every request of this id at the next step; none is fine."""
+        with self._changed:
+            for sequence in (*self._running, *self._waiting):
+                if sequence.generation.request_id == request_id:
+                    sequence.is_stopped = True
 
     @property
     def free_slots(self) -> int:

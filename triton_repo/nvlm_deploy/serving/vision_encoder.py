@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.serving import backend
@@ -39,7 +40,7 @@ class TritonPythonModel:
         except Exception as problem:
             return backend.error_response(problem)
 
-    def _rows(self, tiles: np.ndarray) -> np.ndarray:
+    def _rows(self, tiles: NDArray[Any]) -> NDArray[Any]:
         """float32 [rows, hidden]: all tokens of all tiles, in order.
 
         A text-only request has no tiles and runs no engine. It still gets one row, to which no id refers: a table
@@ -49,13 +50,14 @@ class TritonPythonModel:
             return np.zeros((1, self.hidden_size), dtype=np.float32)
         starts = range(0, len(tiles), self.max_tiles_per_run)
         runs = [self._run(tiles[start : start + self.max_tiles_per_run]) for start in starts]
-        return np.concatenate(runs).reshape(-1, self.hidden_size)
+        rows: NDArray[Any] = np.concatenate(runs).reshape(-1, self.hidden_size)
+        return rows
 
-    def _run(self, tiles: np.ndarray) -> np.ndarray:
+    def _run(self, tiles: NDArray[Any]) -> NDArray[Any]:
         (embeddings,) = self.session.run([EMBEDDINGS.name], {TILES.name: tiles})
         return np.asarray(embeddings)
 
-    def _prompt_table(self, rows: np.ndarray) -> Any:
+    def _prompt_table(self, rows: NDArray[Any]) -> Any:
         """BF16 has no numpy form; it leaves by DLPack."""
         import torch
 
@@ -64,7 +66,7 @@ class TritonPythonModel:
         count = np.array([[len(rows)]], dtype=np.int32)
         return utils.InferenceResponse(
             [
-                utils.Tensor.from_dlpack(PROMPT_EMBEDDING_TABLE.name, torch.utils.dlpack.to_dlpack(table)),
+                utils.Tensor.from_dlpack(PROMPT_EMBEDDING_TABLE.name, table),
                 utils.Tensor(PROMPT_VOCAB_SIZE.name, count),
             ]
         )

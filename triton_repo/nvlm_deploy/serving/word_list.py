@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_deploy.errors import NvlmError
 
 Word = tuple[int, ...]
 
 
-def packed_words(words: Sequence[Word]) -> np.ndarray:
+def packed_words(words: Sequence[Word]) -> NDArray[Any]:
     """int32 [2, n] of some words of token ids; without words a list of one empty column."""
     ids = [token for word in words for token in word] or [0]
     ends = np.cumsum([len(word) for word in words], dtype=np.int32)
@@ -21,7 +23,7 @@ def packed_words(words: Sequence[Word]) -> np.ndarray:
     return packed
 
 
-def unpacked_words(packed: np.ndarray, *, name: str) -> tuple[Word, ...]:
+def unpacked_words(packed: NDArray[Any], *, name: str) -> tuple[Word, ...]:
     """The words of an int32 [2, n]; NvlmError naming the tensor when the ends do not ascend within n."""
     if packed.ndim != 2 or packed.shape[0] != 2:
         raise NvlmError(f"{name} has shape {list(packed.shape)}, expected [2, n]")

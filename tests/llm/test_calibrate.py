@@ -1,0 +1,145 @@
+"""Calibration of the decoder, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult, calibrate, magnitude
+from nvlm_deploy.model.decoder import decoder_from_checkpoint
+
+
+def test_the_amax_of_every_layer_is_what_the_whole_decoder_sees(case: Any, calibration: CalibrationResult) -> None:
+    """Not one layer at a time, and by hooks on every linear rather than on one of a group."""
+    decoder = decoder_from_checkpoint(case.checkpoint, case.spec)
+    seen: dict[str, float] = {}
+    for name, module in decoder.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.update({name: max(seen.get(name, 0), inputs[0].abs().max().item())})
+            )
+    for sample in case.samples:
+        decoder(sample[None])
+    for index in range(case.spec.decoder.layers):
+        for group in FUSED_LINEARS:
+            amax = calibration.amax[f"model.layers.{index}.{group[0]}.input"]
+            for linear in group:
+                assert seen[f"model.layers.{index}.{linear}"] == pytest.approx(amax, rel=1e-5)
+
+
+def test_keys_are_recorded_as_the_cache_holds_them(random_case: Any) -> None:
+    calibration = calibrate(random_case.checkpoint, random_case.spec, random_case.samples)
+    peer = random_case.peer()
+    largest = 0.0
+    for sample in random_case.samples:
+        cache = peer(inputs_embeds=sample[None], use_cache=True).past_key_values
+        largest = max(largest, cache.layers[1].keys.abs().max().item())
+    assert calibration.amax["model.layers.1.self_attn.keys"] == pytest.approx(largest, rel=1e-5)
+
+
+def test_calibrating_twice_gives_the_same_numbers(random_case: Any, tmp_path: Path) -> None:
+    first, second = (calibrate(random_case.checkpoint, random_case.spec, random_case.samples) for _ in range(2))
+    assert first == second
+
+
+def test_more_samples_never_lower_an_amax(random_case: Any) -> None:
+    one = calibrate(random_case.checkpoint, random_case.spec, random_case.samples[:1])
+    all_of_them = calibrate(random_case.checkpoint, random_case.spec, random_case.samples)
+    assert all(all_of_them.amax[name] >= one.amax[name] for name in one.amax)
+    assert all_of_them.tokens == sum(len(sample) for sample in random_case.samples)
+
+
+def test_a_saved_calibration_comes_back_bit_for_bit(calibration: CalibrationResult, tmp_path: Path) -> None:
+    calibration.save(tmp_path / "calibration.json")
+    assert CalibrationResult.load(tmp_path / "calibration.json") == calibration
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"amax": 3, "samples": 1, "tokens": 1}', "{"])
+def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(NvlmError, match=r"calibration\.json"):
+        CalibrationResult.load(tmp_path / "calibration.json")
+
+
+def test_without_samples_there_is_nothing_to_calibrate(random_case: Any) -> None:
+    with pytest.raises(NvlmError, match="no calibration samples"):
+        calibrate(random_case.checkpoint, random_case.spec, [])
+
+
+@pytest.mark.parametrize("shape", [(5, 63), (0, 64), (129, 64), (64,), (1, 5, 64)])
+def test_a_sample_of_the_wrong_shape_is_named_with_the_right_one(random_case: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(NvlmError, match=r"sample 1 has shape .* expected \[1 to 128, 64\]"):
+        calibrate(random_case.checkpoint, random_case.spec, [random_case.samples[0], torch.ones(shape)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_named(random_case: Any, value: float) -> None:
+    bad = random_case.samples[1].clone()
+    bad[3, 7] = value
+    with pytest.raises(NvlmError, match="sample 1 holds NaN or infinity"):
+        calibrate(random_case.checkpoint, random_case.spec, [random_case.samples[0], bad])
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_an_activation_that_overflows_is_named_with_its_sample(random_case: Any, layer: int) -> None:
+    """float16 ends at 65504; the last layer's overflow reaches no further linear."""
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    steep = SpoiltCheckpoint.of(random_case.checkpoint, f"language_model.{name}", 60000.0)
+    with pytest.raises(
+        NvlmError, match=rf"model\.layers\.{layer}\.output holds NaN or infinity in calibration sample 0"
+    ):
+        calibrate(steep, random_case.spec, random_case.samples, dtype=torch.float16)
+
+
+def test_an_input_that_is_always_zero_is_named(random_case: Any) -> None:
+    with pytest.raises(NvlmError, match=r"model\.layers\.0\.self_attn\.q_proj\.input was zero in all samples"):
+        calibrate(without_norm(random_case), random_case.spec, random_case.samples)
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"), [(0.0, "is all zeros"), (float("nan"), "NaN"), (float("-inf"), "infinity")]
+)
+def test_a_weight_that_cannot_be_right_is_named(random_case: Any, value: float, complaint: str) -> None:
+    name = "language_model.model.layers.2.mlp.up_proj.weight"
+    spoilt = SpoiltCheckpoint.of(random_case.checkpoint, name, value)
+    with pytest.raises(NvlmError, match=complaint) as caught:
+        calibrate(spoilt, random_case.spec, random_case.samples)
+    assert name in str(caught.value)
+
+
+def test_a_missing_layer_is_named(random_case: Any) -> None:
+    deeper = dataclasses.replace(random_case.spec.decoder, layers=5)
+    with pytest.raises(NvlmError, match=r"language_model\.model\.layers\.4"):
+        calibrate(random_case.checkpoint, dataclasses.replace(random_case.spec, decoder=deeper), random_case.samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_magnitude_is_the_largest_absolute_value(dtype: torch.dtype) -> None:
+    assert magnitude(torch.tensor([[1.0, -3.0], [2.0, 0.5]], dtype=dtype)).item() == 3
+    assert magnitude(torch.tensor([1.0, float("nan")], dtype=dtype)).isnan()
+
+
+@dataclasses.dataclass(frozen=True)
+class SpoiltCheckpoint(Checkpoint):
+    """A checkpoint one of whose tensors is filled with one value."""
+
+    spoilt: str = ""
+    value: float = 0.0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spoilt: str, value: float) -> SpoiltCheckpoint:
+        return cls(checkpoint.folder, checkpoint.config, checkpoint.infos, spoilt, value)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = super().tensor(name)
+        return torch.full_like(tensor, self.value) if name == self.spoilt else tensor
+
+
+def without_norm(case: Any) -> Checkpoint:
+    return SpoiltCheckpoint.of(case.checkpoint, "language_model.model.layers.0.input_layernorm.weight", 0.0)

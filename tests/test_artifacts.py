@@ -1,0 +1,229 @@
+"""Artifacts are written whole or not at all, and a changed byte is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvlm_deploy.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    clear_partial,
+    digests,
+    read_manifest,
+    replace_file,
+    replace_folder,
+    sha256_of_json,
+    tool_versions,
+    verify,
+    write_manifest,
+    write_text,
+)
+from nvlm_deploy.errors import MachineError, NvlmError
+
+
+def manifest_of(folder: Path, **changes: object) -> Manifest:
+    facts = {"kind": "test", "key": "k", "inputs": {}, "settings": {"precision": "fp32"}, "tools": {}}
+    return Manifest(**{**facts, "outputs": digests(folder), "evidence": "measured", **changes})
+
+
+@pytest.fixture
+def artifact(tmp_path) -> Path:
+    folder = tmp_path / "vision"
+    with replace_folder(folder) as filling:
+        (filling / "weights.bin").write_bytes(bytes(range(256)) * 16)
+        (filling / "sub").mkdir()
+        (filling / "sub" / "graph.onnx").write_bytes(b"graph")
+        write_manifest(filling, manifest_of(filling))
+    return folder
+
+
+def test_a_finished_artifact_verifies_and_tells_what_it_is(artifact):
+    found = verify(artifact)
+    assert sorted(found.manifest.outputs) == ["sub/graph.onnx", "weights.bin"]
+    assert found.manifest.settings == {"precision": "fp32"}
+    assert "CC-BY-NC-4.0" in found.manifest.licence
+    assert found.manifest.created.endswith("+00:00")
+
+
+@pytest.mark.parametrize("place", [0, 2000, 4095])
+def test_one_flipped_bit_is_found_and_named(artifact, place):
+    content = bytearray((artifact / "weights.bin").read_bytes())
+    content[place] ^= 1
+    (artifact / "weights.bin").write_bytes(content)
+    with pytest.raises(NvlmError, match=r"weights\.bin changed"):
+        verify(artifact)
+
+
+def test_a_missing_and_an_added_file_are_named(artifact):
+    (artifact / "extra.txt").write_text("?")
+    with pytest.raises(NvlmError, match=r"extra\.txt not in the manifest"):
+        verify(artifact)
+    (artifact / "sub" / "graph.onnx").unlink()
+    with pytest.raises(NvlmError, match=r"sub/graph\.onnx missing"):
+        verify(artifact)
+
+
+def test_a_folder_without_a_manifest_is_not_a_finished_artifact(tmp_path):
+    with pytest.raises(NvlmError, match=f"has no {MANIFEST_NAME}: not a finished artifact"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"kind": "test"}', '{"surprise": 1}'])
+def test_a_damaged_manifest_is_refused(artifact, text):
+    (artifact / MANIFEST_NAME).write_text(text)
+    with pytest.raises(NvlmError, match="damaged"):
+        verify(artifact)
+
+
+def test_an_evidence_level_that_does_not_exist_is_a_mistake_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="no evidence level 'sure'"):
+        write_manifest(tmp_path, manifest_of(tmp_path, evidence="sure"))
+
+
+def test_the_key_of_settings_does_not_depend_on_their_order():
+    assert (
+        sha256_of_json({"a": 1, "b": [2]}) == sha256_of_json({"b": [2], "a": 1}) != sha256_of_json({"a": 1, "b": [3]})
+    )
+
+
+def test_a_tool_that_is_not_installed_is_recorded_as_absent():
+    versions = tool_versions(["pytest", "no-such-distribution"])
+    assert versions["pytest"] == pytest.__version__
+    assert versions["no-such-distribution"] == "absent"
+
+
+def test_a_failure_while_filling_leaves_the_old_folder_and_no_leftover(artifact):
+    before = digests(artifact)
+    with pytest.raises(RuntimeError, match="half way"), replace_folder(artifact) as filling:
+        (filling / "weights.bin").write_bytes(b"new")
+        raise RuntimeError("half way")
+    assert digests(artifact) == before
+    assert [path.name for path in artifact.parent.iterdir()] == ["vision"]
+
+
+def test_a_replaced_folder_holds_only_the_new_files(artifact):
+    with replace_folder(artifact) as filling:
+        (filling / "other.bin").write_bytes(b"new")
+    assert list(digests(artifact)) == ["other.bin"]
+    assert [path.name for path in artifact.parent.iterdir()] == ["vision"]
+
+
+def test_a_swap_inside_a_swap_works_and_leaves_nothing_behind(tmp_path):
+    with replace_folder(tmp_path / "outer") as outer, replace_folder(outer) as inner:
+        (inner / "file").write_text("x")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["outer", "outer/file"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from nvlm_deploy.artifacts import replace_folder
+with replace_folder(Path(sys.argv[1])) as outer, replace_folder(outer) as inner:
+    (inner / "half").write_bytes(b"x" * 100)
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next_and_the_old_folder_is_untouched(artifact):
+    before = digests(artifact)
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(artifact)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert len(list(artifact.parent.iterdir())) > 1
+    assert digests(artifact) == before
+    clear_partial(artifact)
+    assert [path.name for path in artifact.parent.iterdir()] == ["vision"]
+
+
+def test_a_swap_cut_between_its_two_renames_is_put_back(artifact):
+    before = digests(artifact)
+    artifact.rename(artifact.with_name(f".partial-old-{os.getpid()}-vision"))
+    clear_partial(artifact)
+    assert digests(artifact) == before
+
+
+def test_leftovers_of_a_folder_with_a_longer_name_are_none_of_ours(tmp_path):
+    others = [tmp_path / name for name in (".partial-7-cpu-bf16", ".partial-old-7-cpu-bf16", ".partial-7-my-cpu")]
+    for other in others:
+        other.mkdir()
+    clear_partial(tmp_path / "cpu")
+    assert all(other.is_dir() for other in others)
+    assert not (tmp_path / "cpu").exists()
+
+
+def test_clearing_beside_a_folder_whose_parent_does_not_exist_is_no_error(tmp_path):
+    clear_partial(tmp_path / "not" / "there")
+
+
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with replace_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    with pytest.raises(RuntimeError), replace_file(path) as temporary:
+        temporary.write_text("newer")
+        raise RuntimeError
+    assert path.read_text() == "new"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of 64 KiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_the_machines_fault_and_changes_nothing(small_disk):
+    target = small_disk / "artifact"
+    with replace_folder(target) as filling:
+        (filling / "old.bin").write_bytes(b"old")
+    with (
+        pytest.raises(MachineError, match=r"disk is full: writing .*artifact") as refusal,
+        replace_folder(target) as filling,
+    ):
+        (filling / "new.bin").write_bytes(bytes(1_000_000))
+    assert refusal.value.exit_code == 3
+    assert "df -h" in (refusal.value.hint or "")
+    assert [path.relative_to(small_disk).as_posix() for path in small_disk.rglob("*")] == [
+        "artifact",
+        "artifact/old.bin",
+    ]
+
+
+def test_a_full_disk_while_writing_safetensors_is_the_machines_fault_too(small_disk):
+    import torch
+
+    from nvlm_deploy.checkpoint.writer import write_safetensors
+
+    with pytest.raises(MachineError, match="disk is full"):
+        write_safetensors(small_disk / "x.safetensors", {"weight": torch.ones(1_000_000)})
+    assert list(small_disk.iterdir()) == []
+
+
+def test_another_failure_of_the_operating_system_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), replace_folder(tmp_path / "x"):
+        raise PermissionError("no")
+
+
+def test_text_is_written_through_a_temporary_name(tmp_path):
+    write_text(tmp_path / "a.json", json.dumps({"ü": 1}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": 1}

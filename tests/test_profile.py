@@ -1,0 +1,105 @@
+"""Profiles: shipped ones load, mistakes are named by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.profile import load_profile, profile_folder
+
+SHIPPED = sorted(path.stem for path in profile_folder().glob("*.toml"))
+
+
+@pytest.fixture
+def text() -> str:
+    return (profile_folder() / "cpu.toml").read_text()
+
+
+def written(tmp_path: Path, text: str) -> str:
+    (tmp_path / "mine.toml").write_text(text)
+    return str(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_profile_loads_by_name(name):
+    assert load_profile(name).name == name
+
+
+def test_the_cpu_profile_is_fp8_on_the_reference_runtime():
+    profile = load_profile("cpu")
+    assert (profile.vision.runtime, profile.decoder.runtime, profile.decoder.quantization) == (
+        "onnxruntime",
+        "reference",
+        "fp8",
+    )
+
+
+def test_a_profile_of_ones_own_is_named_after_its_file(tmp_path, text):
+    assert load_profile(written(tmp_path, text)).name == "mine"
+
+
+def test_an_unknown_profile_lists_those_there_are():
+    with pytest.raises(NvlmError, match="no profile 'gpu'") as refusal:
+        load_profile("gpu")
+    assert "cpu" in (refusal.value.hint or "")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(NvlmError, match=r"no profile file .*nowhere\.toml"):
+        load_profile(str(tmp_path / "nowhere.toml"))
+
+
+def test_an_unknown_key_is_named_with_the_nearest_that_exists(tmp_path, text):
+    path = written(tmp_path, text.replace("quantization", "quantisation"))
+    with pytest.raises(NvlmError, match=r"unknown key 'decoder\.quantisation' \(did you mean 'quantization'\?\)"):
+        load_profile(path)
+
+
+def test_an_unknown_section_is_named_with_the_nearest_that_exists(tmp_path, text):
+    with pytest.raises(NvlmError, match=r"unknown key 'decodr' \(did you mean 'decoder'\?\)"):
+        load_profile(written(tmp_path, text.replace("[decoder]", "[decodr]")))
+
+
+def test_an_unknown_key_that_resembles_nothing_lists_what_there_is(tmp_path, text):
+    with pytest.raises(NvlmError, match=r"unknown key 'vision\.zzz' \(there are: runtime, precision\)"):
+        load_profile(written(tmp_path, text.replace("[vision]", "[vision]\nzzz = 1")))
+
+
+def test_a_missing_key_is_named(tmp_path, text):
+    with pytest.raises(NvlmError, match=r"key 'decoder\.max_batch_size' is missing"):
+        load_profile(written(tmp_path, text.replace("max_batch_size = 8", "")))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "telling"),
+    [
+        ("max_batch_size = 8", "max_batch_size = 0", r"decoder\.max_batch_size is 0: .*greater than 0"),
+        ("max_batch_size = 8", 'max_batch_size = "many"', r"decoder\.max_batch_size is 'many'"),
+        ('precision = "fp32"', 'precision = "fp4"', r"vision\.precision is 'fp4'"),
+        ('wrapper = "chat"', 'wrapper = "llama"', r"serving\.wrapper is 'llama'.*'chat_template'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(tmp_path, text, before, after, telling):
+    assert before in text
+    with pytest.raises(NvlmError, match=telling):
+        load_profile(written(tmp_path, text.replace(before, after)))
+
+
+def test_several_mistakes_are_named_at_once(tmp_path, text):
+    wrong = text.replace("max_seq_len", "max_sequence_len").replace("samples = 64", "samples = 0")
+    with pytest.raises(NvlmError, match=r"max_sequence_len.*samples is 0"):
+        load_profile(written(tmp_path, wrong))
+
+
+@pytest.mark.parametrize("content", ["decoder = [", "\x00", '"unclosed'])
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
+    with pytest.raises(NvlmError, match="is not TOML"):
+        load_profile(written(tmp_path, content))
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "mine.toml").write_bytes(b"description = '\xff'")
+    with pytest.raises(NvlmError, match="is not TOML"):
+        load_profile(str(tmp_path / "mine.toml"))

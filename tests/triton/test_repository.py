@@ -1,0 +1,134 @@
+"""The assembled repository on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.serving.settings import ServingSettings, spec_as_json, spec_from_json
+from nvlm_deploy.triton.ensemble import PYTHON_MODELS, ServingChoices
+from nvlm_deploy.triton.repository import RepositorySources, read_repository, write_repository
+from nvlm_deploy.triton.server import Ports, find_installation, libpython_folder, prepare_backend, server_command
+
+
+@pytest.fixture
+def sources(tmp_path, tiny_spec, tokenizer_file) -> RepositorySources:
+    """Artifacts that are files of the right names; nothing here loads them."""
+    for name, files in {"vision": ["vision.onnx", "vision.onnx.data"], "decoder": ["config.json", "rank0.x"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text(file)
+    (tmp_path / "vision" / "manifest.json").write_text("{}")
+    return RepositorySources(tmp_path / "vision", tmp_path / "decoder", tokenizer_file, tiny_spec)
+
+
+@pytest.fixture
+def folder(tmp_path, sources) -> Path:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    write_repository(folder, sources, ServingChoices())
+    return folder
+
+
+def test_every_model_has_a_config_and_its_files_beside_one_import_line(folder) -> None:
+    for name in PYTHON_MODELS:
+        (line,) = (folder / name / "1" / "model.py").read_text().splitlines()
+        assert line.startswith("from nvlm_deploy.serving.")
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"vision_encoder/1/vision.onnx", "vision_encoder/1/vision.onnx.data", "tensorrt_llm/1/rank0.x"} <= files
+    assert "vision_encoder/1/manifest.json" not in files
+    assert (folder / "nvlm" / "1").is_dir()
+
+
+def test_artifacts_are_linked_not_copied(folder, sources) -> None:
+    copies = folder / "vision_encoder" / "1" / "vision.onnx.data"
+    assert os.path.samefile(copies, sources.vision / "vision.onnx.data")
+
+
+def test_what_was_written_reads_back(folder) -> None:
+    assert {config.name for config in read_repository(folder)} == {"nvlm", *PYTHON_MODELS}
+
+
+def test_a_config_edited_by_hand_is_cross_checked_again(folder) -> None:
+    config = folder / "vision_encoder" / "config.pbtxt"
+    config.write_text(config.read_text().replace("TYPE_BF16", "TYPE_FP32"))
+    with pytest.raises(NvlmError, match="TYPE_FP32"):
+        read_repository(folder)
+
+
+def test_a_model_in_the_wrong_folder_is_found(folder) -> None:
+    (folder / "postprocessing").rename(folder / "after")
+    with pytest.raises(NvlmError, match="configures a model called postprocessing"):
+        read_repository(folder)
+
+
+def test_any_other_folder_is_not_a_repository(tmp_path) -> None:
+    with pytest.raises(NvlmError, match="has no model nvlm"):
+        read_repository(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vision/vision.onnx", "decoder/config.json", "decoder/rank0.x"])
+def test_a_missing_part_is_named(tmp_path, sources, part) -> None:
+    (tmp_path / part).unlink()
+    with pytest.raises(NvlmError, match=f"{Path(part).parent} has no {Path(part).name[:4]}"):
+        write_repository(tmp_path / "r", sources, ServingChoices())
+
+
+def test_the_spec_comes_back_from_json(tiny_spec) -> None:
+    assert spec_from_json(spec_as_json(tiny_spec)) == tiny_spec
+    with pytest.raises(NvlmError, match="is damaged"):
+        spec_from_json("{}")
+
+
+def settings(**parameters: str) -> ServingSettings:
+    import json
+
+    config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+    arguments = {"model_name": "m", "model_repository": "/r/m", "model_version": "1"}
+    return ServingSettings({**arguments, "model_config": json.dumps(config)})
+
+
+def test_a_model_finds_its_files_in_its_version_folder() -> None:
+    assert settings().folder == Path("/r/m/1")
+
+
+def test_a_missing_or_wrong_parameter_is_named() -> None:
+    with pytest.raises(NvlmError, match="m: config.pbtxt has no parameter threads"):
+        settings().integer("threads")
+    with pytest.raises(NvlmError, match="parameter threads is 'two'"):
+        settings(threads="two").integer("threads")
+
+
+# the server's command line, without starting one
+
+
+def test_servers_get_shared_memory_of_their_own_and_complete_configs(tmp_path) -> None:
+    from nvlm_deploy.triton.server import ServerChoices
+
+    installation = find_installation()
+    one, two = (server_command(installation, tmp_path, tmp_path, ServerChoices()) for _ in range(2))
+    assert "--disable-auto-complete-config" in one
+    names = [next(part for part in command if "shm-region-prefix-name" in part) for command in (one, two)]
+    assert names[0] != names[1]
+
+
+def test_the_backend_folder_has_the_stub_and_this_package(tmp_path) -> None:
+    prepare_backend(find_installation(), tmp_path)
+    assert os.access(tmp_path / "python" / "triton_python_backend_stub", os.X_OK)
+    assert (tmp_path / "python" / "libtriton_python.so").is_file()
+    assert (tmp_path / "python" / "nvlm_deploy" / "serving" / "preprocessing.py").is_file()
+
+
+def test_a_missing_libpython_names_the_package() -> None:
+    with pytest.raises(MachineError, match=r"no libpython3\.99") as failure:
+        libpython_folder("3.99")
+    assert "apt-get install libpython3.99" in str(failure.value)
+
+
+def test_free_ports_are_three_different_ones() -> None:
+    ports = Ports.free()
+    assert len({ports.grpc, ports.http, ports.metrics}) == 3
+    ports.require_free()

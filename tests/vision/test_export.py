@@ -1,0 +1,223 @@
+"""The exported graph computes what torch computes, and is never an artifact when it does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+import torch
+from onnx.external_data_helper import uses_external_data
+
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.model.spec import spec_from_checkpoint
+from nvlm_deploy.model.vision import vision_tower_from_checkpoint
+from nvlm_deploy.tensors import EMBEDDINGS, TILES
+from nvlm_deploy.vision import export
+from nvlm_deploy.vision.compare import cosines, noise_tiles, require_equal_to_torch
+from nvlm_deploy.vision.engine import OnnxRuntimeEngine
+from nvlm_deploy.vision.export import DATA_NAME, ONNX_NAME, meta_tower, onnx_from_checkpoint, require_borders
+
+QKV = "vision_model.encoder.layers.0.attn.qkv.weight"
+# what TensorRT's parser has always read; nothing with run-time shapes but the batch axis
+PLAIN_OPERATORS = """
+Add Cast Concat Conv Div Expand Gelu LayerNormalization MatMul Mul Pow Reciprocal ReduceMean Reshape Shape Slice Softmax
+Split Sqrt Sub Transpose
+"""
+
+
+@pytest.fixture(scope="module")
+def graph(exported_vision):
+    return onnx.load(exported_vision, load_external_data=False)
+
+
+@pytest.fixture(scope="module")
+def spec(random_checkpoint):
+    return spec_from_checkpoint(random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def kept(make_checkpoint, tmp_path_factory):
+    """A one-block checkpoint whose dummy heads hold noise, and its graph."""
+
+    def disturb(weights) -> None:
+        random = torch.Generator().manual_seed(1)
+        weights[QKV] = torch.randn(weights[QKV].shape, generator=random).to(torch.bfloat16) / 11
+        for name in ("q_norm.weight", "k_norm.weight"):
+            weights[QKV.replace("qkv.weight", name)].fill_(1.5)
+
+    checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=disturb)
+    path = onnx_from_checkpoint(
+        checkpoint, spec_from_checkpoint(checkpoint), tmp_path_factory.mktemp("kept") / "vision"
+    )
+    return checkpoint, path
+
+
+def shape_of(value) -> list[int | str]:
+    return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+def test_every_tile_equals_torch_in_float32(exported_vision, random_checkpoint, spec, count):
+    tiles = noise_tiles(count, 56, seed=count)
+    with torch.inference_mode():
+        expected = vision_tower_from_checkpoint(random_checkpoint, spec)(torch.from_numpy(tiles)).numpy()
+    found = OnnxRuntimeEngine(exported_vision)(tiles)
+    lowest, error = cosines(found, expected).min(), np.abs(found - expected).max() / np.abs(expected).max()
+    print(f"{count} tiles: cosine {lowest:.9f}, relative error {error:.1e}")
+    assert lowest > 0.99999
+    assert error < 1e-4
+
+
+def test_the_borders_are_the_border_tensors_with_a_free_number_of_tiles(graph):
+    (tiles,), (embeddings,) = graph.graph.input, graph.graph.output
+    assert (tiles.name, shape_of(tiles)) == (TILES.name, ["tiles", 56, 56, 3])
+    assert tiles.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert (embeddings.name, shape_of(embeddings)) == (EMBEDDINGS.name, ["tiles", 4, 256])
+
+
+def test_only_plain_operators_are_in_the_graph(graph):
+    assert {node.op_type for node in graph.graph.node} <= set(PLAIN_OPERATORS.split())
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 20)]
+
+
+def test_the_uint8_tiles_go_into_a_cast_and_nowhere_else_as_tensorrt_demands(graph):
+    readers = {node.op_type for node in graph.graph.node if TILES.name in node.input}
+    assert readers == {"Cast", "Shape"}  # TensorRT-RTX 1.7 refused a Transpose of uint8 and built this for SM80/89/120
+
+
+def test_attention_is_two_products_around_a_softmax_and_no_shape_is_computed_in_it(graph):
+    operators = [node.op_type for node in graph.graph.node]
+    assert operators.count("Softmax") == 4
+    assert operators.count("Shape") == 1  # the number of tiles, for the class token
+
+
+def test_every_weight_lies_in_the_one_data_file_under_its_checkpoint_name(graph, exported_vision, spec):
+    external = {tensor.name: tensor for tensor in graph.graph.initializer if uses_external_data(tensor)}
+    assert set(external) == set(meta_tower(spec).state_dict())
+    locations = {
+        entry.value for tensor in external.values() for entry in tensor.external_data if entry.key == "location"
+    }
+    assert locations == {DATA_NAME}
+    assert sorted(path.name for path in exported_vision.parent.iterdir()) == [ONNX_NAME, DATA_NAME]
+    assert exported_vision.stat().st_size < 200_000
+
+
+def test_the_weights_read_back_are_the_checkpoints(exported_vision, random_checkpoint):
+    loaded = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(exported_vision).graph.initializer
+    }
+    for name in ("mlp1.3.weight", "vision_model.encoder.layers.3.mlp.fc2.weight"):
+        assert np.array_equal(loaded[name], random_checkpoint.tensor(name).float().numpy())
+
+
+def test_zero_dummy_heads_are_left_out(graph):
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.graph.initializer}
+    assert shapes[QKV] == [3 * 128, 128]
+    assert {entry.key: entry.value for entry in graph.metadata_props} == {"nvlm.vision_heads": "4 of 11"}
+
+
+def test_dummy_heads_that_hold_something_are_kept_with_the_real_divisor(kept):
+    checkpoint, path = kept
+    shapes = {tensor.name: list(tensor.dims) for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    assert shapes[QKV] == [3 * 11 * 32, 128]
+    assert require_equal_to_torch(path, checkpoint, spec_from_checkpoint(checkpoint)) > 0.99999
+
+
+def test_the_graph_names_no_path_of_the_machine_that_built_it(exported_vision):
+    content = exported_vision.read_bytes()
+    assert b"/model/vision.py" not in content
+    assert str(Path.cwd()).encode() not in content
+
+
+@pytest.mark.slow
+def test_exporting_twice_gives_the_same_bytes(kept, tmp_path):
+    checkpoint, first = kept
+    second = onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "again")
+    for name in (ONNX_NAME, DATA_NAME):
+        assert (first.parent / name).read_bytes() == (second.parent / name).read_bytes()
+
+
+def test_a_graph_that_differs_from_torch_is_refused_with_the_cosine(exported_vision, random_checkpoint, spec, tmp_path):
+    graph = onnx.load(exported_vision)
+    norm = next(tensor for tensor in graph.graph.initializer if tensor.name == "mlp1.0.weight")
+    norm.CopyFrom(onnx.numpy_helper.from_array(np.ones(512, dtype=np.float32), norm.name))
+    onnx.save(graph, tmp_path / ONNX_NAME)
+    with pytest.raises(NvlmError, match=r"vision\.onnx differs from torch: cosine 0\.\d+ at tile 1 of 1"):
+        require_equal_to_torch(tmp_path / ONNX_NAME, random_checkpoint, spec)
+
+
+@pytest.fixture
+def no_export(monkeypatch):
+    """The exporter's seconds are not spent where the weights are what is wrong."""
+    monkeypatch.setattr(export, "onnx_model", lambda *_: None)
+
+
+def test_a_graph_that_differs_never_becomes_an_artifact_and_the_old_one_stays(kept, tmp_path, monkeypatch):
+    checkpoint, good = kept
+    output = tmp_path / "vision"
+    output.mkdir()
+    (output / "old").write_text("old")
+
+    def differs(*_: object) -> None:
+        raise NvlmError("differs from torch")
+
+    def copy(folder: Path, *_: object) -> None:
+        (folder / ONNX_NAME).write_bytes(good.read_bytes())
+
+    monkeypatch.setattr(export, "_write_graph", copy)
+    monkeypatch.setattr("nvlm_deploy.vision.compare.require_equal_to_torch", differs)
+    with pytest.raises(NvlmError, match="differs"):
+        onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), output)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["vision", "vision/old"]
+
+
+def test_a_full_disk_is_the_machines_fault_and_leaves_nothing(kept, tmp_path, monkeypatch):
+    def full_disk(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(export, "_write_graph", full_disk)
+    checkpoint, _ = kept
+    with pytest.raises(MachineError, match="disk is full"):
+        onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "vision")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_tensor_of_the_wrong_shape_is_found_before_anything_is_written(make_checkpoint, tmp_path):
+    def cut(weights) -> None:
+        weights["mlp1.1.weight"] = weights["mlp1.1.weight"][:, :-1]
+
+    checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=cut)
+    with pytest.raises(NvlmError, match=r"mlp1\.1\.weight .*\[384, 511\], expected \[384, 512\]"):
+        onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "vision")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(make_checkpoint, tmp_path):
+    def spoil(weights) -> None:
+        weights["mlp1.3.weight"][5, 5] = float("nan")
+
+    checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=spoil)
+    with pytest.raises(NvlmError, match=r"tensor mlp1\.3\.weight holds 1 value\(s\) that are NaN or infinite"):
+        onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "vision")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_an_unknown_precision_is_refused_with_those_there_are(random_checkpoint, spec, tmp_path):
+    with pytest.raises(NvlmError, match="no vision precision 'int3'; there is fp32"):
+        onnx_from_checkpoint(random_checkpoint, spec, tmp_path / "vision", precision="int3")
+
+
+@pytest.mark.parametrize("frozen", ["tiles", "embeddings"])
+def test_an_axis_that_the_exporter_froze_is_noticed(exported_vision, spec, frozen):
+    model = onnx_ir.load(exported_vision)
+    value = model.graph.inputs[0] if frozen == "tiles" else model.graph.outputs[0]
+    value.shape = onnx_ir.Shape([2, *value.shape[1:]])
+    with pytest.raises(RuntimeError, match=rf"the exporter made {frozen} \[2, .*\], not {frozen} \['tiles', "):
+        require_borders(model, spec)

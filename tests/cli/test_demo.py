@@ -30,11 +30,11 @@ def test_a_folder_without_the_bundled_picture_is_named(tmp_path: Path) -> None:
 def test_the_answer_is_shown_as_it_streams_beside_the_right_one(tmp_path: Path) -> None:
     output = io.StringIO()
     screen = Screen(output)
-    screen.on_example("FP8", Sample(question="Read all.", answer="3 1", images=(tmp_path / "example.png",)))
-    for piece in ("3", " ", "1"):
+    screen.on_example(Sample(question="Read all.", answer="3 1", images=(tmp_path / "example.png",)))
+    for piece in ("3", " ", "7"):
         screen.on_piece(piece)
-    assert output.getvalue().endswith("Read all.  (right: 3 1)\n  3 1")
-    assert output.getvalue().lstrip().startswith("FP8")
+    screen.on_example_end()
+    assert output.getvalue().endswith("Read all.\n  FP8 answers: 3 7\n  right is:    3 1\n")
 
 
 def test_an_installed_package_without_its_checkout_says_so(

@@ -189,7 +189,7 @@ def learn_to_answer(model: TinyNvlm, builder: PromptBuilder, plan: Plan, output:
         answering = cross_entropy(logits[:, :-1], batch.targets[:, 1:])
         loss = answering + plan.binding_weight * (1 - progress) * binding
         step_with(adam, model, loss, plan.learning_rate * schedule(progress, step, plan.warm_up))
-        if step % 100 == 99:
+        if step % 50 == 49:
             minutes = (time.monotonic() - started) / 60
             print(f"{minutes:5.1f} min, step {step + 1}: answering {answering.item():.3f} binding {binding.item():.3f}  {scores(model, builder)}", flush=True)
         if time.monotonic() - saved > plan.save_every_s:

@@ -11,7 +11,7 @@ import torch
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.serving.scheduler import Generation, Progress, Scheduler
 
-VOCABULARY = 100
+VOCABULARY = 200
 END = 99
 
 
@@ -39,7 +39,7 @@ class CountingEngine:
         assert set(slots) <= self.busy
         self.batches.append(len(slots))
         self.steps.append("decode")
-        if 77 in tokens:
+        if 150 in tokens:
             raise ValueError("this batch breaks the engine")
         return torch.stack([self._logits(token) for token in tokens])
 
@@ -83,7 +83,7 @@ def engine() -> CountingEngine:
 
 @pytest.fixture
 def scheduler(engine):
-    scheduler = Scheduler(engine, max_waiting=100)
+    scheduler = Scheduler(engine, max_waiting=1000)
     scheduler.start()
     yield scheduler
     engine.gate.set()
@@ -167,7 +167,7 @@ def test_a_failing_prefill_fails_its_request_only(scheduler) -> None:
 
 
 def test_a_failing_step_fails_what_runs_and_the_next_request_works(scheduler) -> None:
-    bad = submit(scheduler, 75, 20)
+    bad = submit(scheduler, 148, 20)
     assert bad.done.wait(10)
     assert isinstance(bad.problem, ValueError)
     assert submit(scheduler, 10, 2).ids == [11, 12]

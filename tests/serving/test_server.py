@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import socket
 import subprocess
@@ -301,13 +300,13 @@ def test_a_port_in_use_is_named_before_anything_starts(repository) -> None:
 def test_two_servers_run_side_by_side_and_leave_nothing_behind(server, repository) -> None:
     from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 
-    shared_memory = set(os.listdir("/dev/shm"))
+    shared_memory = set(Path("/dev/shm").iterdir())
     with TritonServer(repository, ServerChoices(ports=Ports.free())) as second:
         family = [psutil.Process(second.process_id), *psutil.Process(second.process_id).children(recursive=True)]
         assert len(family) == 5
         assert second.process_id != server.process_id
     assert not [process for process in family if process.is_running()]
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
 
 
 def test_a_server_that_cannot_load_shows_its_log(repository, tmp_path) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.serving.settings import ServingSettings, spec_as_json, spec_from_json
 from nvlm_deploy.triton.ensemble import PYTHON_MODELS, ServingChoices
 from nvlm_deploy.triton.repository import RepositorySources, read_repository, write_repository
-from nvlm_deploy.triton.server import Ports, find_installation, libpython_folder, prepare_backend, server_command
 
 
 @pytest.fixture
@@ -44,8 +42,8 @@ def test_every_model_has_a_config_and_its_files_beside_one_import_line(folder) -
 
 
 def test_artifacts_are_linked_not_copied(folder, sources) -> None:
-    copies = folder / "vision_encoder" / "1" / "vision.onnx.data"
-    assert os.path.samefile(copies, sources.vision / "vision.onnx.data")
+    data = folder / "vision_encoder" / "1" / "vision.onnx.data"
+    assert data.samefile(sources.vision / "vision.onnx.data")
 
 
 def test_what_was_written_reads_back(folder) -> None:
@@ -96,39 +94,7 @@ def test_a_model_finds_its_files_in_its_version_folder() -> None:
 
 
 def test_a_missing_or_wrong_parameter_is_named() -> None:
-    with pytest.raises(NvlmError, match="m: config.pbtxt has no parameter threads"):
+    with pytest.raises(NvlmError, match=r"m: config\.pbtxt has no parameter threads"):
         settings().integer("threads")
     with pytest.raises(NvlmError, match="parameter threads is 'two'"):
         settings(threads="two").integer("threads")
-
-
-# the server's command line, without starting one
-
-
-def test_servers_get_shared_memory_of_their_own_and_complete_configs(tmp_path) -> None:
-    from nvlm_deploy.triton.server import ServerChoices
-
-    installation = find_installation()
-    one, two = (server_command(installation, tmp_path, tmp_path, ServerChoices()) for _ in range(2))
-    assert "--disable-auto-complete-config" in one
-    names = [next(part for part in command if "shm-region-prefix-name" in part) for command in (one, two)]
-    assert names[0] != names[1]
-
-
-def test_the_backend_folder_has_the_stub_and_this_package(tmp_path) -> None:
-    prepare_backend(find_installation(), tmp_path)
-    assert os.access(tmp_path / "python" / "triton_python_backend_stub", os.X_OK)
-    assert (tmp_path / "python" / "libtriton_python.so").is_file()
-    assert (tmp_path / "python" / "nvlm_deploy" / "serving" / "preprocessing.py").is_file()
-
-
-def test_a_missing_libpython_names_the_package() -> None:
-    with pytest.raises(MachineError, match=r"no libpython3\.99") as failure:
-        libpython_folder("3.99")
-    assert "apt-get install libpython3.99" in str(failure.value)
-
-
-def test_free_ports_are_three_different_ones() -> None:
-    ports = Ports.free()
-    assert len({ports.grpc, ports.http, ports.metrics}) == 3
-    ports.require_free()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nvlm_deploy.bench.latency import measure_latency
-from nvlm_deploy.client import Answer, Generation, NvlmClient
+from nvlm_deploy.bench.latency import measure_latencies
+from nvlm_deploy.client import Generation, NvlmClient
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.pipeline import State, Step
 from nvlm_deploy.profile import load_profile
@@ -20,7 +21,7 @@ from nvlm_deploy.report.tables import ModelResult
 from nvlm_deploy.samples import Sample, read_samples
 from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 from nvlm_deploy.validate.accuracy import Questions, comparison_as_json
-from nvlm_deploy.validate.tasks import Comparison, Scored, accuracy_by_task, is_exact
+from nvlm_deploy.validate.tasks import Comparison, Scored, accuracy_by_task
 
 # by profile; the reference first
 TITLES = {"cpu-bf16": "BF16 (unquantised)", "cpu": "FP8"}
@@ -72,16 +73,15 @@ class ServedModel:
 
     result: ModelResult
     answers: Sequence[Scored]
-    example: Answer
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Both models and the picture that was asked about."""
+    """Both models, and what the FP8 one said about the bundled picture."""
 
     reference: ServedModel
     fp8: ServedModel
-    example: Sample
+    example: Scored
 
     @property
     def comparison(self) -> Comparison:
@@ -91,21 +91,18 @@ class DemoResult:
     def models(self) -> list[ModelResult]:
         return [self.reference.result, self.fp8.result]
 
-    @property
-    def example_is_right(self) -> bool:
-        return is_exact(self.fp8.example.text, self.example.answer)
-
     def as_json(self) -> dict[str, Any]:
+        sample = self.example.sample
         return {
             "device": device_name(),
             "models": [model.as_json() for model in self.models],
             **comparison_as_json(self.comparison),
             "example": {
-                "image": str(self.example.images[0]),
-                "question": self.example.question,
-                "answer": self.fp8.example.text,
-                "right_answer": self.example.answer,
-                "is_right": self.example_is_right,
+                "image": sample.images[0].name,
+                "question": sample.question,
+                "answer": self.example.text,
+                "right_answer": sample.answer,
+                "is_right": self.example.is_right,
             },
         }
 
@@ -117,12 +114,16 @@ class Listener(Protocol):
         """A build step has ended."""
         ...
 
-    def on_example(self, model: str, sample: Sample) -> None:
-        """A model is asked about the bundled picture now."""
+    def on_example(self, sample: Sample) -> None:
+        """The FP8 model is asked about the bundled picture now."""
         ...
 
     def on_piece(self, piece: str) -> None:
         """The next piece of its answer."""
+        ...
+
+    def on_example_end(self) -> None:
+        """Nothing more comes."""
         ...
 
 
@@ -136,40 +137,38 @@ def run_demo(assets: Assets, workspace: Path, listener: Listener, sizes: Sizes =
     for recipe in recipes:
         for step, state in recipe.run():
             listener.on_step(recipe.profile.name, step, state)
-    asker = _Asker(samples, example, sizes.latency_requests, listener)
-    reference, fp8 = (asker.ask(recipe.repository, TITLES[recipe.profile.name]) for recipe in recipes)
-    return DemoResult(reference, fp8, example)
+    with contextlib.ExitStack() as servers:
+        urls = [servers.enter_context(_server(recipe)).grpc_url for recipe in recipes]
+        reference, fp8 = _measured(urls, samples, sizes.latency_requests)
+        answer = _streamed(urls[1], example, listener)
+    return DemoResult(reference, fp8, answer)
 
 
-@dataclass(frozen=True)
-class _Asker:
-    """Asks every model the same."""
+def _server(recipe: Recipe) -> TritonServer:
+    return TritonServer(recipe.repository, ServerChoices(ports=Ports.free()))
 
-    samples: Sequence[Sample]
-    example: Sample
-    latency_requests: int
-    listener: Listener
 
-    def ask(self, repository: Path, title: str) -> ServedModel:
-        """Serve a repository for as long as everything is asked."""
-        with TritonServer(repository, ServerChoices(ports=Ports.free())) as server:
-            answers = Questions(self.samples, MAX_TOKENS).to_server(server.grpc_url)
-            latency = {
-                "image": self._latency(server.grpc_url, with_image=True),
-                "text-only": self._latency(server.grpc_url, with_image=False),
-            }
-            self.listener.on_example(title, self.example)
-            example = self._streamed_example(server.grpc_url)
-        return ServedModel(ModelResult(title, accuracy_by_task(answers), latency), answers, example)
+def _measured(urls: Sequence[str], samples: Sequence[Sample], requests: int) -> list[ServedModel]:
+    """Accuracy of one server after the other; latency of all by turns, so that a busy machine slows all alike."""
+    answers = [Questions(samples, MAX_TOKENS).to_server(url) for url in urls]
+    image = _latencies(urls, [sample for sample in samples if sample.images][:requests], "image")
+    text = _latencies(urls, [sample for sample in samples if not sample.images][:requests], "text-only")
+    return [
+        ServedModel(ModelResult(title, accuracy_by_task(found), {"image": with_image, "text-only": without}), found)
+        for title, found, with_image, without in zip(TITLES.values(), answers, image, text, strict=True)
+    ]
 
-    def _latency(self, url: str, *, with_image: bool) -> Latency:
-        chosen = [sample for sample in self.samples if bool(sample.images) is with_image][: self.latency_requests]
-        with progress(f"timing {'image' if with_image else 'text-only'} questions", len(chosen)) as advance:
-            return measure_latency(url, chosen, max_tokens=MAX_TOKENS, on_answer=advance)
 
-    def _streamed_example(self, url: str) -> Answer:
-        with NvlmClient(url) as client:
-            stream = client.ask(self.example.question, self.example.images, Generation(max_tokens=MAX_TOKENS))
-            for piece in stream:
-                self.listener.on_piece(piece)
-            return stream.answer()
+def _latencies(urls: Sequence[str], samples: Sequence[Sample], kind: str) -> list[Latency]:
+    with progress(f"timing {kind} questions", len(samples)) as advance:
+        return measure_latencies(urls, samples, max_tokens=MAX_TOKENS, on_sample=advance)
+
+
+def _streamed(url: str, sample: Sample, listener: Listener) -> Scored:
+    listener.on_example(sample)
+    with NvlmClient(url) as client:
+        stream = client.ask(sample.question, sample.images, Generation(max_tokens=MAX_TOKENS))
+        for piece in stream:
+            listener.on_piece(piece)
+        listener.on_example_end()
+        return Scored(sample, stream.answer().text)

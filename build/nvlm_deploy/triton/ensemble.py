@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nvlm_deploy import tensors
 from nvlm_deploy.model.spec import ModelSpec
@@ -38,6 +38,7 @@ class ServingChoices:
     compute_dtype: str = "float32"
     kv_cache_dtype: str = "float32"
     threads: int = 1
+    preprocessing_instances: int = 1
 
 
 def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest: str) -> tuple[ModelConfig, ...]:
@@ -63,7 +64,8 @@ def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str)
         "vision_digest": vision_digest,
     }
     outputs = (_tiles(spec), *tensors.PREPARED_FOR_DECODER)
-    return _python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters)
+    config = _python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters)
+    return replace(config, instances=choices.preprocessing_instances)
 
 
 def _vision_encoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:

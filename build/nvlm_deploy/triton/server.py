@@ -1,8 +1,4 @@
-"""Runs the tritonserver that ships inside the nvidia-pytriton wheel, and leaves no process behind.
-
-What it needs to start was found by trying (facts/running-on-a-cpu.md): the wheel's bundled libraries and the shared
-libpython on LD_LIBRARY_PATH, and a backend folder with the stub of this Python's version beside libtriton_python.so.
-"""
+"""Runs the tritonserver that ships inside the nvidia-pytriton wheel, and leaves neither processes nor memory behind."""
 
 from __future__ import annotations
 
@@ -13,19 +9,24 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module, metadata, util
 from pathlib import Path
 
 from nvlm_deploy.errors import MachineError
-from nvlm_deploy.triton.repository import link_or_copy, read_repository
+from nvlm_deploy.triton.installation import (
+    Installation,
+    find_installation,
+    prepare_backend,
+    server_environment,
+)
+from nvlm_deploy.triton.repository import read_repository
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where the python backend keeps its regions
+_MEMORY_PREFIX = "nvlm_"
 LOG_TAIL_LINES = 12
 # tables, information, and the import machinery inside tracebacks
 _DULL_LINES = ("+-", "| ", "I", "At:", "  <frozen")
@@ -94,6 +95,7 @@ class TritonServer:
         self.choices = choices or ServerChoices()
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
+        self._memory_name = f"{_MEMORY_PREFIX}{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         self.log_file = Path()
 
     @property
@@ -116,6 +118,7 @@ class TritonServer:
         """
         read_repository(self.repository)
         self.choices.ports.require_free()
+        remove_abandoned_memory()
         installation = find_installation()
         with self._stack:
             scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nvlm-triton-")))
@@ -140,9 +143,8 @@ class TritonServer:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(self.choices.exit_timeout_s + 5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_group(process)
+        remove_shared_memory(self._memory_name)
 
     def wait(self) -> int:
         """Block until the server ends by itself; its exit status."""
@@ -158,6 +160,7 @@ class TritonServer:
         command = [
             *(sys.executable, "-c", _LAUNCHER, str(os.getpid())),
             *server_command(installation, self.repository, scratch / "backends", self.choices),
+            f"--backend-config=python,shm-region-prefix-name={self._memory_name}",
         ]
         environment = server_environment(installation, threads=self.choices.threads)
         with self.log_file.open("wb") as log:
@@ -180,81 +183,8 @@ class TritonServer:
             time.sleep(0.1)
 
 
-@dataclass(frozen=True)
-class Installation:
-    """Where the wheel's parts and the shared libpython are."""
-
-    server: Path
-    python_backend: Path
-    stub: Path
-    caches: Path
-    library_folders: tuple[Path, ...]
-
-
-def find_installation() -> Installation:
-    """The bundled server. Raises MachineError naming the part that is missing and how to get it."""
-    package = util.find_spec("pytriton")
-    if package is None or not package.submodule_search_locations:
-        raise MachineError("nvidia-pytriton is not installed", hint="pip install 'nvlm-deploy[serve]'")
-    root = Path(package.submodule_search_locations[0]) / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    installation = Installation(
-        server=root / "bin" / "tritonserver",
-        python_backend=root / "backends" / "python",
-        stub=root / "python_backend_stubs" / version / "triton_python_backend_stub",
-        caches=root / "caches",
-        library_folders=(libpython_folder(version), root.parents[1] / "nvidia_pytriton.libs"),
-    )
-    for part in (installation.server, installation.python_backend, installation.stub, *installation.library_folders):
-        if not part.exists():
-            raise MachineError(
-                f"nvidia-pytriton has no {part.name} for Python {version}", hint="use Python 3.11 to 3.13"
-            )
-    _require_old_numpy()
-    return installation
-
-
-def libpython_folder(version: str) -> Path:
-    """The folder of the shared libpython that the stub links to; MachineError says which package has it."""
-    name = f"libpython{version}.so.1.0"
-    candidates = [
-        sysconfig.get_config_var("LIBDIR"),
-        Path(sys.base_prefix) / "lib",
-        f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}",
-        "/usr/lib64",
-    ]
-    for candidate in candidates:
-        if candidate and (Path(candidate) / name).exists():
-            return Path(candidate)
-    raise MachineError(f"no {name} found: Triton's python stub needs it", hint=f"apt-get install libpython{version}")
-
-
-def _require_old_numpy() -> None:
-    """The stub's pybind11 reads numpy 2's arrays wrong: every string tensor would crash it."""
-    version = metadata.version("numpy")
-    if int(version.split(".")[0]) >= 2:
-        raise MachineError(f"numpy {version} crashes Triton's python stub", hint="pip install 'numpy<2'")
-
-
-def prepare_backend(installation: Installation, folder: Path) -> None:
-    """A backend directory with the stub of this Python's version beside the backend's library.
-
-    The stub runs an isolated interpreter, which knows the virtual environment but no PYTHONPATH. The backend's
-    folder is on its import path, so this very package is linked there.
-    """
-    backend = folder / "python"
-    package = backend / "nvlm_deploy"
-    package.mkdir(parents=True)
-    for part in (*installation.python_backend.iterdir(), installation.stub):
-        if part.is_file():
-            link_or_copy(part, backend / part.name)
-    roots = {Path(root).resolve() for root in import_module("nvlm_deploy").__path__}
-    for part in (part for root in roots for part in root.glob("[a-z]*")):
-        (package / part.name).symlink_to(part)
-
-
 def server_command(installation: Installation, repository: Path, backends: Path, choices: ServerChoices) -> list[str]:
-    """tritonserver's argument list; shared memory has a name of its own, so that servers can run side by side."""
+    """tritonserver's argument list."""
     ports = choices.ports
     return [
         str(installation.server),
@@ -263,7 +193,6 @@ def server_command(installation: Installation, repository: Path, backends: Path,
         f"--cache-directory={installation.caches}",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={choices.exit_timeout_s}",
-        f"--backend-config=python,shm-region-prefix-name=nvlm_{uuid.uuid4().hex[:12]}",
         *(f"--{kind}-address={ports.host}" for kind in ("grpc", "http", "metrics")),
         f"--grpc-port={ports.grpc}",
         f"--http-port={ports.http}",
@@ -272,18 +201,29 @@ def server_command(installation: Installation, repository: Path, backends: Path,
     ]
 
 
-def server_environment(installation: Installation, *, threads: int) -> dict[str, str]:
-    """This process's environment with what the server needs; few threads, as its stubs share the cores."""
-    environment = dict(os.environ)
-    libraries = [*(str(folder) for folder in installation.library_folders), environment.get("LD_LIBRARY_PATH", "")]
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    if sys.prefix != sys.base_prefix:
-        environment["VIRTUAL_ENV"] = sys.prefix
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[variable] = str(threads)
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    return environment
+def kill_group(leader: subprocess.Popen[bytes], *, patience_s: float = 10.0) -> None:
+    """SIGKILL what is left of the process group that `leader` leads, reap it, and wait until the others are gone."""
+    deadline = time.monotonic() + patience_s
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+        while time.monotonic() < deadline:
+            os.killpg(leader.pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def remove_shared_memory(name: str) -> None:
+    """Unlink the regions whose name begins so; a stub that was killed leaves its own."""
+    for region in SHARED_MEMORY.glob(f"{name}*"):
+        region.unlink(missing_ok=True)
+
+
+def remove_abandoned_memory() -> None:
+    """Unlink what servers left whose starter was killed: the name holds its process id."""
+    for region in SHARED_MEMORY.glob(f"{_MEMORY_PREFIX}*"):
+        starter = region.name.removeprefix(_MEMORY_PREFIX).split("_")[0]
+        if starter.isdigit() and not Path("/proc", starter).exists():
+            region.unlink(missing_ok=True)
 
 
 def _answers(url: str) -> bool:
@@ -292,9 +232,3 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def running(repository: Path, choices: ServerChoices | None = None) -> Iterator[TritonServer]:
-    """A server for the length of a generator; for test fixtures."""
-    with TritonServer(repository, choices) as server:
-        yield server

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from nvlm_deploy.errors import MachineError, NvlmError
 
@@ -45,35 +45,36 @@ def stream_tensors(path: Path, parameters: Mapping[str, torch.Tensor], read: Rea
     slots = slots_of(parameters)
     with path.open("wb") as file:
         for name, slot in slots.items():
-            tensor = read(name)
-            _require_as_planned(name, tensor, parameters[name])
-            _require_finite(name, tensor)
             file.seek(slot.offset)
-            file.write(_bytes_of(tensor))
+            file.write(_checked_bytes(name, parameters[name], read).numpy().data)
         file.flush()
         os.fsync(file.fileno())
     _require_same(path, slots, read)
     return slots
 
 
+def _checked_bytes(name: str, parameter: torch.Tensor, read: ReadTensor) -> torch.Tensor:
+    tensor = read(name)
+    _require_as_planned(name, tensor, parameter)
+    _require_finite(name, tensor)
+    return _bytes_of(tensor)
+
+
 def _require_same(path: Path, slots: Mapping[str, Slot], read: ReadTensor) -> None:
-    with path.open("rb") as file:
-        for name, slot in slots.items():
-            if _read_slot(file, slot) != _bytes_of(read(name)):
-                raise MachineError(f"{name} read back from {path} differs from the checkpoint", hint="check the disk")
-
-
-def _read_slot(file: BinaryIO, slot: Slot) -> memoryview:
-    file.seek(slot.offset)
-    return memoryview(file.read(slot.size_bytes))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Bytes in memory order, little-endian as ONNX wants them on every machine this runs on."""
+    """The file is mapped, not read: it takes no memory that the next tensor could need."""
     import torch
 
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    for name, slot in slots.items():
+        if not torch.equal(content[slot.offset : slot.offset + slot.size_bytes], _bytes_of(read(name))):
+            raise MachineError(f"{name} read back from {path} differs from the checkpoint", hint="check the disk")
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """uint8 in memory order: little-endian, as ONNX wants it, on every machine this runs on."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _require_as_planned(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -84,8 +85,9 @@ def _require_as_planned(name: str, tensor: torch.Tensor, parameter: torch.Tensor
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
+    """By the extremes first: NaN becomes both of them, and `isfinite` would take as much memory as the tensor."""
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        bad = int((~tensor.isfinite()).sum())
         raise NvlmError(
             f"tensor {name} holds {bad} value(s) that are NaN or infinite",
             hint="the checkpoint is damaged: compare its shards' SHA-256 with the publisher's and fetch them again",

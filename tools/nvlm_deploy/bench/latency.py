@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from nvlm_deploy.client import Answer, Generation, NvlmClient
@@ -10,28 +11,31 @@ from nvlm_deploy.report.statistics import Latency, percentiles
 from nvlm_deploy.samples import Sample
 
 
-def measure_latency(
-    url: str,
+def measure_latencies(
+    urls: Sequence[str],
     samples: Sequence[Sample],
     *,
     max_tokens: int,
     warm_up: int = 5,
-    on_answer: Callable[[], None] = lambda: None,
-) -> Latency:
-    """Ask one sample after another; the first `warm_up` are asked once more before and not counted.
+    on_sample: Callable[[], None] = lambda: None,
+) -> list[Latency]:
+    """One request at a time: each sample goes to every server in turn, so that a busy machine slows all of them alike.
 
-    Image files are read before the clock starts.
+    The first `warm_up` samples are asked once more before and not counted. Image files are read before the clock starts.
     """
     questions = [(sample.question, [image.read_bytes() for image in sample.images]) for sample in samples]
     generation = Generation(max_tokens=max_tokens)
-    answers: list[Answer] = []
-    with NvlmClient(url) as client:
+    answers: dict[str, list[Answer]] = {url: [] for url in urls}
+    with contextlib.ExitStack() as stack:
+        clients = {url: stack.enter_context(NvlmClient(url)) for url in urls}
         for question, images in questions[:warm_up]:
-            client.ask(question, images, generation).answer()
+            for client in clients.values():
+                client.ask(question, images, generation).answer()
         for question, images in questions:
-            answers.append(client.ask(question, images, generation).answer())
-            on_answer()
-    return summarised(answers)
+            for url, client in clients.items():
+                answers[url].append(client.ask(question, images, generation).answer())
+            on_sample()
+    return [summarised(answers[url]) for url in urls]
 
 
 def summarised(answers: Sequence[Answer]) -> Latency:

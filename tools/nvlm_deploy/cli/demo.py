@@ -50,20 +50,25 @@ def demo(
 
 
 class Screen:
-    """Shows the demo as it runs: steps on stderr, the streamed answers where the result goes."""
+    """Shows the demo as it runs: steps on stderr, the streamed answer where the result goes."""
 
     def __init__(self, answers: TextIO) -> None:
         self.answers = answers
+        self.right = ""
 
     def on_step(self, profile: str, step: Step, state: State) -> None:
         print(f"{profile}: {step.name} {state}", file=sys.stderr)
 
-    def on_example(self, model: str, sample: Sample) -> None:
+    def on_example(self, sample: Sample) -> None:
         picture = os.path.relpath(sample.images[0])
-        print(f"\n{model}, {picture}\n  {sample.question}  (right: {sample.answer})\n  ", file=self.answers, end="")
+        print(f"\n{picture}: {sample.question}\n  FP8 answers: ", file=self.answers, end="", flush=True)
+        self.right = sample.answer
 
     def on_piece(self, piece: str) -> None:
         print(piece, file=self.answers, end="", flush=True)
+
+    def on_example_end(self) -> None:
+        print(f"\n  right is:    {self.right}", file=self.answers)
 
 
 def print_result(result: DemoResult, *more: RenderableType) -> None:

@@ -1,0 +1,146 @@
+"""`nvlm build` on the command line: refusals before anything is written, dry run, resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nvlm_deploy.cli.main import run
+
+REPOSITORY = Path(__file__).parents[2]
+CALIBRATION = REPOSITORY / "tests/models/calibration"
+
+
+def exit_code_of(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        run([str(argument) for argument in arguments])
+    return int(exit_.value.code or 0)
+
+
+@pytest.fixture
+def command(tiny_folder: Path, tmp_path: Path) -> list[str | Path]:
+    return ["build", tiny_folder, "--calibration", CALIBRATION, "--workspace", tmp_path / "work"]
+
+
+def test_a_dry_run_lists_the_steps_and_writes_nothing(
+    command: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(*command, "--dry-run", "--json") == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [row["step"] for row in steps] == ["export-vision", "quantize-llm", "assemble"]
+    assert not (tmp_path / "work").exists()
+
+
+def test_fp8_without_calibration_samples_is_refused_with_the_mend(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of("build", tiny_folder, "--workspace", tmp_path / "work") == 2
+    assert "--calibration FOLDER" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_unknown_profile_names_those_there_are(
+    command: list[str | Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(*command, "--profile", "gpu-of-my-dreams") == 2
+    assert "cpu-bf16" in capsys.readouterr().err
+
+
+def test_a_profile_with_an_unknown_key_names_the_nearest(
+    command: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "mine.toml"
+    profile.write_text((REPOSITORY / "engines/profiles/cpu.toml").read_text().replace("max_seq_len", "max_seq_length"))
+    assert exit_code_of(*command, "--profile", profile) == 2
+    assert "did you mean 'max_seq_len'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "tokenizer.json").unlink()
+    arguments = ("build", copy, "--calibration", CALIBRATION, "--workspace", tmp_path / "work")
+    assert exit_code_of(*arguments) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+
+
+def start_build(tiny_folder: Path, workspace: Path) -> subprocess.Popen[str]:
+    arguments = ["build", tiny_folder, "--calibration", CALIBRATION, "--workspace", workspace]
+    program = f"from nvlm_deploy.cli.main import run; run({[str(argument) for argument in arguments]!r})"
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_build_killed_in_the_middle_goes_on_where_it_was_and_ends_with_the_same_bytes(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_build(tiny_folder, whole).wait() == 0
+    build = start_build(tiny_folder, killed)
+    vision = killed / "engines/cpu/vision/manifest.json"
+    wait_until(lambda: vision.is_file() or build.poll() is not None)
+    os.kill(build.pid, signal.SIGKILL)
+    build.wait()
+    before = vision.stat().st_mtime_ns
+    assert start_build(tiny_folder, killed).wait() == 0
+    assert vision.stat().st_mtime_ns == before, "the finished step was built again"
+    assert artifact_bytes(killed) == artifact_bytes(whole)
+    assert not list(killed.rglob(".partial-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(tiny_folder: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "work"
+    build = start_build(tiny_folder, workspace)
+    wait_until(lambda: list(workspace.rglob(".partial-*")) or build.poll() is not None)
+    build.send_signal(signal.SIGINT)
+    _, errors = build.communicate(timeout=60)
+    assert build.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not list(workspace.rglob(".partial-*"))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_building_is_said_and_the_build_goes_on_after(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A file system of 4 MiB of its own, in a mount namespace, where the kernel allows one to be made."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = ["build", tiny_folder, "--calibration", CALIBRATION, "--workspace", disk]
+    program = f"from nvlm_deploy.cli.main import run; run({[str(argument) for argument in arguments]!r})"
+    (tmp_path / "build.py").write_text(program)
+    script = (
+        f"mount -t tmpfs -o size=4m tmpfs {disk} && {{ {sys.executable} {tmp_path}/build.py; echo exit $?; }};"
+        f"find {disk} -name '.partial-*'; mount -o remount,size=200m {disk} && {sys.executable} {tmp_path}/build.py;"
+        " echo exit $?"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if "mount" in done.stderr and "exit" not in done.stdout:
+        pytest.skip(f"this kernel lets nobody mount a small file system: {done.stderr}")
+    assert [line for line in done.stdout.splitlines() if line.startswith(("exit", "/"))][0] == "exit 3", done.stdout
+    assert "disk is full" in done.stderr
+    assert ".partial-" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "exit 0", done.stderr
+
+
+def wait_until(condition: object, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def artifact_bytes(workspace: Path) -> dict[str, bytes]:
+    files = [path for path in workspace.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
+    return {path.relative_to(workspace).as_posix(): path.read_bytes() for path in files}

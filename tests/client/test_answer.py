@@ -9,6 +9,7 @@ from tritonclient.utils import serialize_byte_tensor
 
 from nvlm_deploy.client.answer import Answer, AnswerBuilder, Piece, finish_reason
 from nvlm_deploy.client.request import Generation
+from nvlm_deploy.errors import MachineError, NvlmError
 
 
 def response(text: str, tokens: int, *, reason: str = "", final: bool = False) -> service_pb2.ModelInferResponse:
@@ -31,10 +32,9 @@ def empty_final_response() -> service_pb2.ModelInferResponse:
 
 
 def built(*responses: service_pb2.ModelInferResponse) -> Answer:
-    builder = AnswerBuilder(Generation())
+    builder = AnswerBuilder("here:8001", Generation())
     for each in responses:
-        builder.add(each)
-    assert builder.ended
+        builder.add(service_pb2.ModelStreamInferResponse(infer_response=each))
     return builder.answer()
 
 
@@ -52,6 +52,22 @@ def test_pieces_are_joined_and_counts_are_those_of_the_last() -> None:
 
 def test_the_end_may_come_with_the_last_piece() -> None:
     assert built(response("19", 2, reason="stop", final=True)).text == "19"
+
+
+def test_a_stream_that_stops_without_the_end_is_no_answer() -> None:
+    with pytest.raises(MachineError, match="here:8001 ended the stream in the middle"):
+        built(response("1", 1), response("9", 2))
+
+
+def test_an_end_without_any_piece_is_no_answer() -> None:
+    with pytest.raises(MachineError, match="in the middle"):
+        built(empty_final_response())
+
+
+def test_an_error_in_the_stream_is_raised_where_it_comes() -> None:
+    builder = AnswerBuilder("here:8001", Generation())
+    with pytest.raises(NvlmError, match="the question is empty"):
+        builder.add(service_pb2.ModelStreamInferResponse(error_message="INVALID_ARGUMENT: the question is empty"))
 
 
 def test_pieces_arrive_after_sending_and_in_order() -> None:

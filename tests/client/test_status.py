@@ -24,11 +24,11 @@ def test_a_code_in_front_of_the_text_decides_and_is_not_shown() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "RuntimeError: expected scalar type Float",
+        "in ensemble 'nvlm', INTERNAL: RuntimeError: expected scalar type Float",
         "in ensemble 'nvlm', Failed to process the request(s) for model instance 'tensorrt_llm_0_0'",
         "Stub process 'preprocessing_0_0' is not healthy.",
-        "64 requests wait already",
-        "the server is shutting down",
+        "in ensemble 'nvlm', [request id: 1] Exceeds maximum queue size",
+        "Server exiting. Not accepting new requests",
     ],
 )
 def test_a_fault_of_the_server_is_not_blamed_on_the_request(text: str) -> None:

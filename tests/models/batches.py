@@ -1,19 +1,19 @@
 """Training batches in which all questions about an image share its prefix.
 
 A row is the prompt up to the end of the image span, then one branch per question. A branch sees the prefix and itself
-only, and its positions go on from the prefix, so that every branch is worth a sample of its own at a third of the price.
+only, and its positions go on from the prefix: every branch is worth a sample of its own at a third of the price.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
-from digits import TILING, Picture, PictureMaker
 
+from digits import TILING, Picture, PictureMaker
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.tiling import tiles_from_image
 
@@ -37,8 +37,8 @@ class Branch:
 class Batch:
     """Rows of equal layout.
 
-    tiles uint8 [rows * tiles, 56, 56, 3]; ids and targets [rows, length]; mask [length, length]; visual the columns of the
-    visual tokens, and of each its tile's tag number and digit [rows, visual] (tag 0 and no digit: the thumbnail).
+    tiles uint8 [rows * tiles, 56, 56, 3]; ids and targets [rows, length]; mask [length, length]; visual the columns of
+    the visual tokens, and of each its tile's tag number and digit [rows, visual] (tag 0 and no digit: the thumbnail).
     """
 
     tiles: torch.Tensor
@@ -65,7 +65,13 @@ class BatchMaker:
     """Makes batches for one side of the split."""
 
     def __init__(
-        self, builder: PromptBuilder, *, seed: int, held_out: bool, shuffle_tags: bool = True, split_seam_share: float = 0.0
+        self,
+        builder: PromptBuilder,
+        *,
+        seed: int,
+        held_out: bool,
+        shuffle_tags: bool = True,
+        split_seam_share: float = 0.0,
     ) -> None:
         self.builder = builder
         self.maker = PictureMaker(seed, held_out=held_out)
@@ -75,14 +81,15 @@ class BatchMaker:
         self.split_seam_ids = [builder.tokenizer.token_to_id(piece) for piece in (">", "Ċ")]
         tokenizer = builder.tokenizer
         self.end = [tokenizer.token_to_id("<|im_end|>")]
-        self.prompt_ids = lru_cache(maxsize=20_000)(lambda question, tiles: builder.ids(question, [tiles] if tiles else []))
-        self.answer_ids = lru_cache(maxsize=20_000)(lambda answer: tokenizer.encode(answer).ids + self.end)
+        # Questions and answers are few and come again: tokenising them anew was a third of a batch's cost.
+        self.prompt_ids = cache(lambda question, tiles: builder.ids(question, [tiles] if tiles else []))
+        self.answer_ids = cache(lambda answer: tokenizer.encode(answer).ids + self.end)
         self.number_ids = [tokenizer.token_to_id(str(number)) for number in range(10)]
         self.text_prefix = len(_common(builder.ids("Which"), builder.ids("How")))
 
     def batch(self, grids: Sequence[tuple[int, int]], tasks: Sequence[str] = TRAINING_TASKS) -> Batch:
         """One row per grid; all grids must have the same number of tiles."""
-        # vLLM writes `</Image>` and the newline after it as separate ids, Hugging Face as one: a share of batches has it so.
+        # vLLM writes the newline after `</Image>` as an id of its own, Hugging Face does not: some batches have it so.
         split_seam = self.maker.random.random() < self.split_seam_share
         pictures = [self.maker.picture(grid) for grid in grids]
         tiles = [tiles_from_image(picture.image, TILING) for picture in pictures]
@@ -111,7 +118,7 @@ class BatchMaker:
         )
 
     def _tag_order(self, tiles: int) -> list[int]:
-        """Tag number of each tile. In order, a model reads by position and never looks at a tag (facts/small-model.md)."""
+        """Tag number of each tile. Were they always in order, the model would read by position and ignore the tags."""
         order = list(range(1, tiles + 1))
         if self.shuffle_tags:
             self.maker.random.shuffle(order)
@@ -121,9 +128,7 @@ class BatchMaker:
         prefix = _common(self.prompt_ids("Which", tiles), self.prompt_ids("How", tiles))
         return with_tag_order(prefix, order, self.builder.pad_token_id, self.number_ids)
 
-    def _branches(
-        self, picture: Picture, order: Sequence[int], tasks: Sequence[str], image_prefix: int
-    ) -> list[Turn]:
+    def _branches(self, picture: Picture, order: Sequence[int], tasks: Sequence[str], image_prefix: int) -> list[Turn]:
         by_tag = tuple(digit for _, digit in sorted(zip(order, picture.digits, strict=True)))
         tiles = len(picture.digits) + (len(picture.digits) > 1)
         found = []
@@ -171,7 +176,8 @@ def _filled(
         for branch, (prompt, answer) in zip(branches, turns, strict=True):
             middle = branch.start + len(prompt)
             ids[row, branch.start : middle] = torch.tensor(prompt)
-            ids[row, middle : middle + len(answer)] = targets[row, middle : middle + len(answer)] = torch.tensor(answer)
+            ids[row, middle : middle + len(answer)] = torch.tensor(answer)
+            targets[row, middle : middle + len(answer)] = torch.tensor(answer)
     return ids, targets
 
 

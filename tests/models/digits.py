@@ -34,7 +34,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Picture:
-    """A grid of digits, row by row; the size may differ from the grid's own, the tiling algorithm finds the grid again."""
+    """A grid of digits, row by row; whatever its size in pixels, the tiling algorithm finds the grid again."""
 
     image: Image.Image
     columns: int
@@ -99,14 +99,14 @@ class PictureMaker:
         """One tile of ink in 0..1 `[56, 56]`: a scan turned, sheared, shifted, resized, thickened or thinned."""
         draw = self.random
         scan = draw.choice(scans(self.held_out)[digit])
-        angle, shear = np.radians(draw.uniform(-14, 14)), draw.uniform(-0.2, 0.2)
-        pixel_x, pixel_y = TILE / 8 * draw.uniform(0.6, 0.9), TILE / 8 * draw.uniform(0.6, 0.9)
+        angle, shear = np.radians(draw.uniform(-12, 12)), draw.uniform(-0.15, 0.15)
+        pixel_x, pixel_y = TILE / 8 * draw.uniform(0.66, 0.92), TILE / 8 * draw.uniform(0.66, 0.92)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         forward = turn @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag([pixel_x, pixel_y])
         (a, b), (c, d) = forward
         backward = np.array([[d, -b], [-c, a]]) / (a * d - b * c)
-        centre = np.array([TILE / 2 + draw.uniform(-5, 5), TILE / 2 + draw.uniform(-5, 5)])
-        # Four rows of empty paper around the scan: bicubic needs neighbours, and a turned scan must not be cut straight.
+        centre = np.array([TILE / 2 + draw.uniform(-4, 4), TILE / 2 + draw.uniform(-4, 4)])
+        # Empty paper around the scan: bicubic needs neighbours, and a turned scan must not be cut straight.
         offset = np.array([8.0, 8.0]) - backward @ centre
         padded = Image.fromarray(np.pad(scan.ink, 4))
         coefficients = (*backward[0], offset[0], *backward[1], offset[1])
@@ -116,7 +116,7 @@ class PictureMaker:
     def _coloured(self, ink: np.ndarray) -> Image.Image:
         dark = self.noise.uniform(0, 90, 3).astype(np.float32)
         light = self.noise.uniform(165, 255) + self.noise.uniform(-20, 20, 3).astype(np.float32)
-        paper, pen = (light, dark) if self.random.random() < 0.6 else (dark, light)
+        paper, pen = (light, dark) if self.random.random() < 0.75 else (dark, light)
         pixels = paper + ink[..., None] * (pen - paper)
         if self.random.random() < 0.7:
             grain = self.noise.standard_normal(ink.shape, dtype=np.float32)[..., None]

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from batches import with_tag_order
 from digits import TASKS, Sample, samples
-
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.model.decoder import decoder_from_checkpoint
 from nvlm_deploy.model.prompt import PromptBuilder

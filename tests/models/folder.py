@@ -1,4 +1,4 @@
-"""The small model's folder: the released checkpoint's file names, keys and quirks (facts/nvlm-d.md sections 1 and 2)."""
+"""The small model's folder: the released checkpoint's file names, tensor names, config keys and quirks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizer import build_tokenizer, write_tokenizer
 
 from nvlm_deploy.checkpoint.writer import write_shards
 from nvlm_deploy.model.spec import ModelSpec, VisionSpec, spec_from_config
+from tokenizer import build_tokenizer, write_tokenizer
 
 DUMMY_HEADS = 7
 MAX_SHARD_BYTES = 2_800_000
 
 
 def config() -> dict[str, Any]:
-    """config.json; `model_type` is `llama` for a Qwen2 decoder, as in the release (trap 4 of the facts)."""
+    """config.json; `model_type` is `llama` for a Qwen2 decoder, as in the release."""
     ids = build_tokenizer()
     return {
         "architectures": ["NVLM_D"],
@@ -120,7 +120,7 @@ def _released_tensors(
 
 
 def with_dummy_heads(name: str, tensor: torch.Tensor, shapes: VisionSpec) -> torch.Tensor:
-    """Zero rows and columns for the dummy heads, trailing in each of q, k and v (trap 1 of the facts)."""
+    """Zero rows and columns for the dummy heads, trailing in each of q, k and v as in the release."""
     missing = DUMMY_HEADS * shapes.head_size
     if name.endswith("attn.qkv.weight"):
         parts = [torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in tensor.chunk(3)]
@@ -135,7 +135,9 @@ def without_dummy_heads(name: str, tensor: torch.Tensor) -> torch.Tensor:
     width = spec().vision.hidden_size
     if name.endswith("attn.qkv.weight"):
         return torch.cat([part[:width] for part in tensor.chunk(3)])
-    return tensor[..., :width] if name.endswith(("attn.q_norm.weight", "attn.k_norm.weight", "attn.proj.weight")) else tensor
+    if name.endswith(("attn.q_norm.weight", "attn.k_norm.weight", "attn.proj.weight")):
+        return tensor[..., :width]
+    return tensor
 
 
 def _documents() -> dict[str, dict[str, Any]]:

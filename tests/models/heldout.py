@@ -1,7 +1,4 @@
-"""Write the sample sets that lie beside the small model: `heldout/` (with `example.png`) and `calibration/`.
-
-    python tests/models/heldout.py
-"""
+"""Write the sample sets that lie beside the small model: `heldout/` (with `example.png`) and `calibration/`."""
 
 from __future__ import annotations
 

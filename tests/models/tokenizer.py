@@ -1,4 +1,4 @@
-"""The small model's tokenizer: byte-level BPE with the released model's pre-tokenizer, special tokens and token seams."""
+"""The small model's tokenizer: byte-level BPE with the release's pre-tokenizer, special tokens and token seams."""
 
 from __future__ import annotations
 
@@ -12,20 +12,71 @@ QWEN2_SPLIT = (
 )
 
 # Qwen2.5's 22 added tokens in their order (facts: ids 151643..151664 there); the last eight are not "special" upstream.
-CONTROL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-TOOL_TOKENS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
+CONTROL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+TOOL_TOKENS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+]
 
 # Every piece becomes one token. `<tile` is left out on purpose: the released tokenizer writes a tag in five tokens
 # (`<` `tile` `_` `1` `>`), and an image of n tiles takes (tokens_per_tile + 5) n + 4 ids here exactly as it does there.
-PIECES = (
-    "<Image|Image|</|><|>\n|tile|_global|_thumbnail|system|user|assistant|Answer| the| questions|Which| digit| is| in| tile|"
-    "Read| all| digits| order|How| many| tiles| show| largest|What| plus|You| are| a| helpful"
-).split("|")
+PIECES = [
+    "<Image",
+    "Image",
+    "</",
+    "><",
+    ">\n",
+    "tile",
+    "_global",
+    "_thumbnail",
+    "system",
+    "user",
+    "assistant",
+    "Answer",
+    " the",
+    " questions",
+    "Which",
+    " digit",
+    " is",
+    " in",
+    " tile",
+    "Read",
+    " all",
+    " digits",
+    " order",
+    "How",
+    " many",
+    " tiles",
+    " show",
+    " largest",
+    "What",
+    " plus",
+    "You",
+    " are",
+    " a",
+    " helpful",
+]
 
 MAX_TOKENS = 512
 
@@ -43,7 +94,9 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=MAX_TOKENS, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_TOKENS, min_frequency=1, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(PIECES, trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in TOOL_TOKENS])

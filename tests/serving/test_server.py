@@ -264,6 +264,21 @@ def test_a_stop_request_ends_the_ensembles_generation_of_that_id(server, caller,
     assert 0 < answer.output_tokens < 480
 
 
+def test_a_client_that_goes_away_ends_the_generation(server, caller) -> None:
+    """Triton tells the next step of the ensemble, and postprocessing tells the decoder."""
+    from tritonclient import grpc
+
+    responses: list = []
+    with grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: responses.append(error))
+        client.async_stream_infer("nvlm", caller.inputs("hi", max_tokens=480), request_id="gone-away")
+        while len(responses) < 2:
+            time.sleep(0.01)
+        client.stop_stream(cancel_requests=True)
+    assert cancelled_in_log(server, "gone-away")
+    assert caller.ask("hi", max_tokens=4).error is None
+
+
 def test_memory_stays_flat(server, caller, picture) -> None:
     def size_bytes() -> int:
         family = psutil.Process(server.process_id)
@@ -324,7 +339,8 @@ def test_a_server_that_cannot_load_shows_its_log(repository, tmp_path) -> None:
         pass
 
 
-def test_no_process_survives_the_death_of_the_starter(repository, tmp_path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
+def test_no_process_survives_the_end_of_the_starter(repository, tmp_path, how) -> None:
     script = tmp_path / "start.py"
     script.write_text(
         "import sys, time\n"
@@ -335,10 +351,10 @@ def test_no_process_survives_the_death_of_the_starter(repository, tmp_path) -> N
         "    print(server.process_id, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    starter = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    starter = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     server_process = psutil.Process(int(starter.stdout.readline()))
     family = [server_process, *server_process.children(recursive=True)]
-    starter.send_signal(signal.SIGKILL)
+    starter.send_signal(how)
     starter.wait()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive

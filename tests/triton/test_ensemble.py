@@ -56,6 +56,12 @@ def test_postprocessing_reads_nothing_but_the_decoder(configs) -> None:
     assert {name.split(".")[0] for _, name in step.inputs} == {DECODER}
 
 
+def test_the_order_of_the_pieces_is_kept(configs) -> None:
+    """Triton promises it for a decoupled model, and for one instance without a dynamic batcher."""
+    assert configs[DECODER].decoupled
+    assert (configs[POSTPROCESSING].instances, configs[POSTPROCESSING].batching) == (1, None)
+
+
 def test_no_parameter_holds_a_path(configs) -> None:
     assert not [value for config in configs.values() for _, value in config.parameters if "/" in value]
 

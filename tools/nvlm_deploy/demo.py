@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,19 +138,25 @@ def run_demo(assets: Assets, workspace: Path, listener: Listener, sizes: Sizes =
         for step, state in recipe.run():
             listener.on_step(recipe.profile.name, step, state)
     with contextlib.ExitStack() as servers:
-        urls = [servers.enter_context(_server(recipe)).grpc_url for recipe in recipes]
+        urls = list(_started(recipes, servers))
         reference, fp8 = _measured(urls, samples, sizes.latency_requests)
         answer = _streamed(urls[1], example, listener)
     return DemoResult(reference, fp8, answer)
 
 
-def _server(recipe: Recipe) -> TritonServer:
-    return TritonServer(recipe.repository, ServerChoices(ports=Ports.free()))
+def _started(recipes: Sequence[Recipe], servers: contextlib.ExitStack) -> Iterator[str]:
+    """The address of each recipe's server."""
+    with progress("starting Triton servers", len(recipes)) as advance:
+        for recipe in recipes:
+            server = TritonServer(recipe.repository, ServerChoices(ports=Ports.free()))
+            yield servers.enter_context(server).grpc_url
+            advance()
 
 
 def _measured(urls: Sequence[str], samples: Sequence[Sample], requests: int) -> list[ServedModel]:
     """Accuracy of one server after the other; latency of all by turns, so that a busy machine slows all alike."""
-    answers = [Questions(samples, MAX_TOKENS).to_server(url) for url in urls]
+    questions = Questions(samples, MAX_TOKENS)
+    answers = [questions.to_server(url, title) for url, title in zip(urls, TITLES.values(), strict=True)]
     image = _latencies(urls, [sample for sample in samples if sample.images][:requests], "image")
     text = _latencies(urls, [sample for sample in samples if not sample.images][:requests], "text-only")
     return [

@@ -107,6 +107,7 @@ def _decoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
 
 
 def _postprocessing(spec: ModelSpec) -> ModelConfig:
+    """One instance without a batcher: only then does the ensemble promise to keep the order of the pieces."""
     parameters = {"end_id": spec.prompt.eos_token_id}
     return _python_model(POSTPROCESSING, tensors.DECODED, tensors.RESPONSE_OUTPUTS, parameters)
 

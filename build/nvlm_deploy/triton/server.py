@@ -77,7 +77,7 @@ class ServerChoices:
     """How to run a server; times in seconds."""
 
     ports: Ports = Ports()
-    ready_timeout_s: float = 120.0
+    ready_timeout_s: float = 300.0
     exit_timeout_s: int = 10
     log_file: Path | None = None
     threads: int = 1

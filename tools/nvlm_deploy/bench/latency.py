@@ -21,7 +21,7 @@ def measure_latencies(
 ) -> list[Latency]:
     """One request at a time: each sample goes to every server in turn, so that a busy machine slows all of them alike.
 
-    The first `warm_up` samples are asked once more before and not counted. Image files are read before the clock starts.
+    The first `warm_up` samples are asked once more before and not counted. Image files are read before that.
     """
     questions = [(sample.question, [image.read_bytes() for image in sample.images]) for sample in samples]
     generation = Generation(max_tokens=max_tokens)

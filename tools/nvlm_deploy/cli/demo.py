@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     workspace: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("engines/demo"),
-    questions: Annotated[int | None, typer.Option(min=1, help="Only the first so many held-out questions.")] = None,
+    questions: Annotated[int | None, typer.Option(min=10, help="Only the first so many held-out questions.")] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Quantise a small NVLM-D to FP8, serve it with Triton, and measure it beside the unquantised model.

@@ -10,8 +10,6 @@ from nvlm_deploy.client.request import Generation, Image, input_tensors
 from nvlm_deploy.client.sync import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from nvlm_deploy.client.wire import (
     async_channel_to,
-    broken_stream,
-    checked,
     infer_request,
     rpc_errors,
     service_on,
@@ -38,9 +36,9 @@ class AsyncNvlmClient:
         """As NvlmClient.ask; nothing is awaited before the first piece."""
         generation = generation or Generation()
         request = infer_request(input_tensors(question, images, generation))
-        builder = AnswerBuilder(generation)
+        builder = AnswerBuilder(self.url, generation)
         call = self._service.ModelStreamInfer(_only(request), timeout=self.timeout_s)
-        return AsyncAnswerStream(self.url, call, builder)
+        return AsyncAnswerStream(call, builder)
 
     async def close(self) -> None:
         """Close the connection; answers in flight are cancelled."""
@@ -56,8 +54,7 @@ class AsyncNvlmClient:
 class AsyncAnswerStream:
     """As AnswerStream, with `async for` and `await`."""
 
-    def __init__(self, url: str, call: Any, builder: AnswerBuilder) -> None:
-        self._url = url
+    def __init__(self, call: Any, builder: AnswerBuilder) -> None:
         self._call = call
         self._builder = builder
         self._texts = self._received()
@@ -77,15 +74,14 @@ class AsyncAnswerStream:
 
     async def _received(self) -> AsyncIterator[str]:
         try:
-            with rpc_errors(self._url):
+            with rpc_errors(self._builder.url):
                 async for message in self._call:
-                    text = self._builder.add(checked(self._url, message))
+                    text = self._builder.add(message)
                     if text:
                         yield text
         finally:
             self._call.cancel()
-        if not (self._builder.ended and self._builder.has_pieces):
-            raise broken_stream(self._url)
+        self._builder.answer()  # raises when it is not whole
 
 
 async def _only(request: Any) -> AsyncIterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from nvlm_deploy import tensors
 from nvlm_deploy.client.request import Generation
-from nvlm_deploy.client.wire import is_final, output_values
+from nvlm_deploy.client.wire import broken_stream, checked, is_final, output_values
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,20 +58,26 @@ class Answer:
 
 
 class AnswerBuilder:
-    """Collects the responses of one request."""
+    """Collects the stream of one request."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, url: str, generation: Generation) -> None:
+        self.url = url
         self.generation = generation
-        self.sent_s = time.monotonic()
-        self.ended = False
+        self._sent_s = time.monotonic()
+        self._ended_s: float | None = None
         self._pieces: list[Piece] = []
         self._server_reason = ""
         self._input_tokens = 0
 
-    def add(self, response: Any) -> str:
-        """Take one `ModelInferResponse`; its text, empty for the one that only says the end."""
+    def add(self, message: Any) -> str:
+        """Take one `ModelStreamInferResponse`; its text, empty for the one that only says the end.
+
+        Raises the error that the server may send instead.
+        """
+        response = checked(self.url, message)
         arrived_s = time.monotonic()
-        self.ended = is_final(response)
+        if is_final(response):
+            self._ended_s = arrived_s
         values = output_values(response)
         if not values:
             return ""
@@ -82,21 +88,19 @@ class AnswerBuilder:
         return text
 
     def answer(self) -> Answer:
-        """The whole answer; only after `ended`, and only when there was a piece."""
+        """The whole answer; MachineError when the stream has ended without it."""
+        if self._ended_s is None or not self._pieces:
+            raise broken_stream(self.url)
         tokens = self._pieces[-1].output_tokens
         return Answer(
             text="".join(piece.text for piece in self._pieces),
             finish_reason=finish_reason(self._server_reason, tokens, self.generation),
             num_input_tokens=self._input_tokens,
             num_output_tokens=tokens,
-            sent_s=self.sent_s,
-            ended_s=time.monotonic(),
+            sent_s=self._sent_s,
+            ended_s=self._ended_s,
             pieces=tuple(self._pieces),
         )
-
-    @property
-    def has_pieces(self) -> bool:
-        return bool(self._pieces)
 
 
 def finish_reason(server_reason: str, output_tokens: int, generation: Generation) -> FinishReason:

@@ -12,18 +12,21 @@ _WRAPPING = re.compile(r"^in ensemble '[^']*', ")
 _CODE = re.compile(r"^([A-Z_]{5,}): ")
 # What gRPC itself says when there is no connection, or no longer one.
 _CONNECTION = re.compile(r"connect|resolv|socket|GOAWAY|broken pipe|end of tcp stream", re.IGNORECASE)
-# How Triton and our own models (serving/backend.py) begin the texts of faults that are not the request's.
-_FAULT = re.compile(r"^\w*(Error|Exception): |^Failed to |stub process|wait already|shutting down", re.IGNORECASE)
+# Triton's own texts for what is not the request's fault; those of our models begin with a code.
+_FAULT = re.compile(r"^failed to |stub process|queue size|shutting down|exiting", re.IGNORECASE)
 
 
 def error_from_text(url: str, text: str) -> NvlmError:
-    """The error for a message in the stream, which has no status code unless the text begins with its name.
+    """The error for a message in the stream, which has no status code.
 
-    Without one it is taken for the request's fault, but for the known beginnings of the others.
+    Our own models begin the text with the code's name (serving/backend.py). A text without one is Triton's, and taken for
+    the request's fault unless it is known to be another.
     """
     text = _WRAPPING.sub("", text)
     if code := _CODE.match(text):
         return error_from_status(url, code[1], text[code.end() :])
+    if "unknown model" in text:
+        return error_from_status(url, "NOT_FOUND", text)
     return error_from_status(url, "INTERNAL" if _FAULT.search(text) else "INVALID_ARGUMENT", text)
 
 

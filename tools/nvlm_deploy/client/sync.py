@@ -8,9 +8,7 @@ from typing import Any
 from nvlm_deploy.client.answer import Answer, AnswerBuilder
 from nvlm_deploy.client.request import Generation, Image, input_tensors
 from nvlm_deploy.client.wire import (
-    broken_stream,
     channel_to,
-    checked,
     infer_request,
     rpc_errors,
     service_on,
@@ -43,9 +41,9 @@ class NvlmClient:
         """
         generation = generation or Generation()
         request = infer_request(input_tensors(question, images, generation))
-        builder = AnswerBuilder(generation)
+        builder = AnswerBuilder(self.url, generation)
         call = self._service.ModelStreamInfer(iter([request]), timeout=self.timeout_s)
-        return AnswerStream(self.url, call, builder)
+        return AnswerStream(call, builder)
 
     def close(self) -> None:
         """Close the connection; answers in flight are cancelled."""
@@ -61,8 +59,7 @@ class NvlmClient:
 class AnswerStream:
     """Iterates over the pieces of one answer; `answer()` is the whole of it."""
 
-    def __init__(self, url: str, call: Any, builder: AnswerBuilder) -> None:
-        self._url = url
+    def __init__(self, call: Any, builder: AnswerBuilder) -> None:
         self._call = call
         self._builder = builder
         self._texts = self._received()
@@ -82,12 +79,11 @@ class AnswerStream:
 
     def _received(self) -> Iterator[str]:
         try:
-            with rpc_errors(self._url):
+            with rpc_errors(self._builder.url):
                 for message in self._call:
-                    text = self._builder.add(checked(self._url, message))
+                    text = self._builder.add(message)
                     if text:
                         yield text
         finally:
             self._call.cancel()
-        if not (self._builder.ended and self._builder.has_pieces):
-            raise broken_stream(self._url)
+        self._builder.answer()  # raises when it is not whole

@@ -24,11 +24,11 @@ class Questions:
     max_tokens: int = 32
     concurrency: int = 8
 
-    def to_server(self, url: str) -> list[Scored]:
+    def to_server(self, url: str, name: str | None = None) -> list[Scored]:
         """Raises NvlmError when the server refuses a sample, MachineError when it cannot answer."""
         from nvlm_deploy.validate.over_server import answers_from_server
 
-        with progress(f"asking {url}", len(self.samples)) as advance:
+        with progress(f"asking {name or url}", len(self.samples)) as advance:
             answers = answers_from_server(
                 url, self.samples, max_tokens=self.max_tokens, concurrency=self.concurrency, on_answer=advance
             )

@@ -48,7 +48,7 @@ def reference_model(recipe: Recipe) -> InProcessModel:
     tower = vision_tower_from_checkpoint(recipe.checkpoint, recipe.spec)
 
     def encode(tiles: Tiles) -> Embeddings:
-        found: Embeddings = tower(torch.from_numpy(tiles)).numpy()
+        found: Embeddings = tower(torch.from_numpy(tiles.copy())).numpy()
         return found
 
     return _model(recipe, encode, decoder_from_checkpoint(recipe.checkpoint, recipe.spec))

@@ -66,6 +66,14 @@ def numpy_response(arrays: dict[str, NDArray[Any]]) -> Any:
     return utils.InferenceResponse([utils.Tensor(name, values) for name, values in arrays.items()])
 
 
+def cancelled_response() -> Any:
+    """The response to a client that does not wait for it any more."""
+    utils = backend_module()
+    return utils.InferenceResponse(
+        error=utils.TritonError("CANCELLED: the client went away", utils.TritonError.CANCELLED)
+    )
+
+
 def error_response(problem: Exception) -> Any:
     """The response that fails this one request and no other.
 

@@ -77,7 +77,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; returns at once.
 
-        A request with `stop` ends those of its own id: an ensemble does not pass its cancellation on (tried on 2.51).
+        A request with `stop` ends those of its own id; postprocessing sends one when the client has gone.
         """
         for request in requests:
             sender = request.get_response_sender()

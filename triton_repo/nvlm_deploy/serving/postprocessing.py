@@ -1,7 +1,8 @@
 """Triton model `postprocessing`: the decoder's ids become text, one response at a time.
 
 It takes nothing but the decoder's outputs: in a decoupled ensemble a step sees only the tensors of its own iteration,
-and what preprocessing made belongs to the first.
+and what preprocessing made belongs to the first. And it is where a client's going away is noticed: Triton hands an
+ensemble's cancellation on to the steps it starts afterwards, not to the decoder that is running.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from nvlm_deploy.serving.detokenizer import Detokenizer, TokenBytes
 from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
 from nvlm_deploy.tensors import (
     FINISH_REASON,
+    INPUT_LENGTHS,
     INPUT_TOKEN_COUNT,
     OUTPUT_IDS,
     OUTPUT_TOKEN_COUNT,
+    REQUEST_OUTPUT_LEN,
+    SEQUENCE_LENGTH,
+    STOP,
     TEXT_OUTPUT,
 )
 
+DECODER = "tensorrt_llm"
 RUNNING, STOPPED = b"", b"stop"
 
 
@@ -41,6 +47,9 @@ class TritonPythonModel:
 
     def _response(self, request: Any) -> Any:
         try:
+            if request.is_cancelled():
+                stop_decoder(str(request.request_id()))
+                return backend.cancelled_response()
             return backend.numpy_response(self._outputs(request))
         except Exception as problem:
             return backend.error_response(problem)
@@ -60,6 +69,22 @@ class TritonPythonModel:
             INPUT_TOKEN_COUNT.name: np.array([inputs], dtype=np.int32),
             OUTPUT_TOKEN_COUNT.name: np.array([outputs], dtype=np.int32),
         }
+
+
+def stop_decoder(request_id: str) -> None:
+    """Send the decoder the `stop` of contract C.3: it ends the generation of this id. Without an id none is known."""
+    if not request_id:
+        return
+    utils = backend.backend_module()
+    inputs = {INPUT_LENGTHS: np.array([[1]]), REQUEST_OUTPUT_LEN: np.array([[1]]), STOP: np.array([[True]])}
+    request = utils.InferenceRequest(
+        model_name=DECODER,
+        request_id=request_id,
+        requested_output_names=[SEQUENCE_LENGTH.name],
+        inputs=[utils.Tensor(spec.name, values.astype(spec.dtype)) for spec, values in inputs.items()],
+    )
+    for _ in request.exec(decoupled=True):
+        pass
 
 
 def has_stopped(tokens: list[int], end_id: int) -> bool:

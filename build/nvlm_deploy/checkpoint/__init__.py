@@ -1,0 +1,1 @@
+"""Shards in and out by tensor name; the TensorRT-LLM checkpoint format."""

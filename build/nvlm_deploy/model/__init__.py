@@ -1,0 +1,1 @@
+"""What NVLM-D is: its facts, tiling, prompt and mathematics; nothing about engines."""

@@ -1,0 +1,1 @@
+"""The vision encoder as ONNX, and the engines that run it."""

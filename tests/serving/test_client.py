@@ -1,0 +1,156 @@
+"""The clients against a real server with random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nvlm_deploy.bench.latency import measure_latencies
+from nvlm_deploy.client import AsyncNvlmClient, Generation, NvlmClient
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.samples import Sample
+from nvlm_deploy.validate.over_server import answers_from_server
+
+pytestmark = pytest.mark.slow
+
+EIGHT = Generation(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def image(picture) -> bytes:
+    return picture(168, 112)
+
+
+@pytest.fixture
+def client(server):
+    with NvlmClient(server.grpc_url) as client:
+        yield client
+
+
+def test_the_pieces_are_the_answer(client: NvlmClient, image: bytes) -> None:
+    stream = client.ask("Which digit is in tile 3?", [image], EIGHT)
+    assert "".join(stream) == stream.answer().text
+
+
+def test_every_token_arrives_by_itself(client: NvlmClient) -> None:
+    answer = client.ask("What is 12 plus 7?", (), EIGHT).answer()
+    assert [piece.output_tokens for piece in answer.pieces][:7] == list(range(1, 8))
+    assert answer.sent_s < answer.pieces[0].arrived_s <= answer.pieces[-1].arrived_s <= answer.ended_s
+
+
+def test_the_asked_number_of_tokens_is_a_length(client: NvlmClient) -> None:
+    answer = client.ask("What is 12 plus 7?", (), Generation(max_tokens=1)).answer()
+    assert (answer.finish_reason, answer.num_output_tokens) == ("length", 1)
+
+
+def test_an_image_makes_the_prompt_longer(client: NvlmClient, image: bytes) -> None:
+    counts = [client.ask("hello", [image] * n, EIGHT).answer().num_input_tokens for n in (0, 1, 2)]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_both_clients_get_the_same_answer(server, client: NvlmClient, image: bytes) -> None:
+    async def ask() -> str:
+        async with AsyncNvlmClient(server.grpc_url) as other:
+            return (await other.ask("hello", [image], EIGHT).answer()).text
+
+    assert asyncio.run(ask()) == client.ask("hello", [image], EIGHT).answer().text
+
+
+def test_a_seed_draws_the_same_answer_again(client: NvlmClient) -> None:
+    drawn = Generation(max_tokens=16, temperature=2.0, top_k=500, seed=11)
+    first, second = (client.ask("hello", (), drawn).answer().text for _ in range(2))
+    assert first == second
+    assert first != client.ask("hello", (), Generation(max_tokens=16)).answer().text
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "generation", "telling"),
+    [
+        ("", (), EIGHT, "empty"),
+        ("hello", (b"no picture",), EIGHT, "not an image"),
+        ("<image> hello", (), EIGHT, "placeholder"),
+        ("hello", (), Generation(max_tokens=0), "max_tokens is 0"),
+        ("hello", (), Generation(max_tokens=10**9), "max_seq_len"),
+        ("hello", (), Generation(temperature=float("nan")), "temperature is nan"),
+    ],
+)
+def test_a_refused_request_is_wrong_input(client: NvlmClient, question, images, generation, telling: str) -> None:
+    with pytest.raises(NvlmError, match=telling) as refused:
+        client.ask(question, images, generation).answer()
+    assert type(refused.value) is NvlmError
+    assert client.ask("hello", (), EIGHT).answer().text
+
+
+def test_a_hint_of_the_server_is_the_hint_of_the_error(client: NvlmClient) -> None:
+    with pytest.raises(NvlmError) as refused:
+        client.ask("<image> hello").answer()
+    assert refused.value.hint
+    assert refused.value.hint not in refused.value.message
+
+
+def test_many_refused_requests_leave_the_server_alive(client: NvlmClient) -> None:
+    """With the header `triton_grpc_error` the second or third of these kills tritonserver 2.51."""
+    for _ in range(30):
+        with pytest.raises(NvlmError):
+            client.ask("").answer()
+    assert client.ask("hello", (), EIGHT).answer().text
+
+
+def test_a_server_of_something_else_says_so(client: NvlmClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvlm_deploy.client.wire.ENSEMBLE", "another_model")
+    with pytest.raises(NvlmError, match="has no model nvlm"):
+        client.ask("hello").answer()
+
+
+def test_a_deadline_is_kept(server) -> None:
+    with NvlmClient(server.grpc_url, timeout_s=0.05) as hurried, pytest.raises(MachineError, match="in time"):
+        hurried.ask("hello", (), Generation(max_tokens=400)).answer()
+
+
+def test_a_cancelled_answer_frees_its_place(client: NvlmClient) -> None:
+    for _ in range(20):
+        stream = client.ask("hello", (), Generation(max_tokens=400))
+        next(iter(stream))
+        stream.cancel()
+    started = time.monotonic()
+    client.ask("hello", (), Generation(max_tokens=2)).answer()
+    assert time.monotonic() - started < 10
+
+
+def test_many_answers_come_in_the_order_of_their_questions(server, tmp_path, image: bytes) -> None:
+    (tmp_path / "picture.png").write_bytes(image)
+    samples = [
+        Sample(question=f"question {number}", answer="", images=(tmp_path / "picture.png",) * (number % 2))
+        for number in range(12)
+    ]
+    together = answers_from_server(server.grpc_url, samples, max_tokens=6, concurrency=12)
+    alone = answers_from_server(server.grpc_url, samples, max_tokens=6, concurrency=1)
+    assert [answer.num_input_tokens for answer in together] == [answer.num_input_tokens for answer in alone]
+
+
+def test_latency_is_of_the_requests_that_were_counted(server) -> None:
+    samples = [Sample(question=f"question {number}", answer="") for number in range(4)]
+    done = []
+    (latency,) = measure_latencies(
+        [server.grpc_url], samples, max_tokens=4, warm_up=2, on_sample=lambda: done.append(1)
+    )
+    assert latency.n == len(done) == 4
+    assert 0 < latency.time_to_first_token.p50_ms < latency.end_to_end.p50_ms
+
+
+def test_ctrl_c_ends_nvlm_ask_with_130_and_the_server_lives(server, client: NvlmClient) -> None:
+    command = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()", "ask", "hello"]
+    arguments = ["--url", server.grpc_url, "--max-tokens", "480", "--top-k", "500", "--temperature", "5"]
+    asking = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asking.stdout is not None
+    asking.stdout.read(1)
+    asking.send_signal(signal.SIGINT)
+    _, problem = asking.communicate(timeout=20)
+    assert asking.returncode == 130
+    assert b"Traceback" not in problem
+    assert client.ask("hello", (), EIGHT).answer().text

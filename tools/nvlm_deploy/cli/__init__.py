@@ -1,0 +1,1 @@
+"""The `nvlm` command: one file per verb group, no logic."""

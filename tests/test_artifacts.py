@@ -53,6 +53,12 @@ def test_a_finished_artifact_verifies_and_tells_what_it_is(artifact):
     assert found.manifest.created.endswith("+00:00")
 
 
+def test_what_python_caches_beside_a_module_is_not_a_change(artifact):
+    (artifact / "sub" / "__pycache__").mkdir()
+    (artifact / "sub" / "__pycache__" / "model.cpython-311.pyc").write_bytes(b"code")
+    assert sorted(verify(artifact).manifest.outputs) == ["sub/graph.onnx", "weights.bin"]
+
+
 @pytest.mark.parametrize("place", [0, 2000, 4095])
 def test_one_flipped_bit_is_found_and_named(artifact, place):
     content = bytearray((artifact / "weights.bin").read_bytes())

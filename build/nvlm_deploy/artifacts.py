@@ -64,9 +64,13 @@ def sha256_of_json(value: object) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder but its manifest, by relative path."""
+    """SHA-256 of each file below a folder but its manifest, by relative path.
+
+    Left out is what Python writes beside a module it imports, as Triton's stubs do with every `model.py` they load.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    kept = [path for path in files if path.parent.name != "__pycache__"]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in kept}
 
 
 def tool_versions(distributions: Sequence[str]) -> dict[str, str]:

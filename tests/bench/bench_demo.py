@@ -36,7 +36,7 @@ def verdicts(result: DemoResult) -> Iterator[Verdict]:
     yield drop_verdict(result.comparison, max_drop_points=LARGEST_DROP_POINTS)
     asked = len(result.reference.answers)
     yield Verdict(Measurement("questions asked", asked, "", asked), Bar("at least", LEAST_QUESTIONS))
-    yield Verdict(Measurement("bundled picture read right", result.example.is_right, "", 1), Bar("at least", 1))
+    yield Verdict(Measurement("bundled picture read right", int(result.example.is_right), "", 1), Bar("at least", 1))
 
 
 def time_ratios(result: DemoResult) -> dict[str, float]:

@@ -55,7 +55,7 @@ def test_the_end_may_come_with_the_last_piece() -> None:
 
 
 def test_a_stream_that_stops_without_the_end_is_no_answer() -> None:
-    with pytest.raises(MachineError, match="here:8001 ended the stream in the middle"):
+    with pytest.raises(MachineError, match="here:8001 stopped in the middle"):
         built(response("1", 1), response("9", 2))
 
 

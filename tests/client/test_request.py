@@ -72,6 +72,11 @@ def test_a_number_that_its_tensor_cannot_hold_is_refused_before_it_is_sent(gener
         sent(generation=generation)
 
 
+def test_bytes_that_are_no_text_are_refused() -> None:
+    with pytest.raises(NvlmError, match="not valid UTF-8"):
+        sent(b"caf\xe9".decode(errors="surrogateescape"))
+
+
 def test_an_image_file_is_sent_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "any.png").write_bytes(b"\x89PNG, not really")
     assert image_bytes(tmp_path / "any.png") == b"\x89PNG, not really"

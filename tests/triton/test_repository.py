@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from nvlm_deploy.errors import NvlmError
@@ -41,9 +42,14 @@ def test_every_model_has_a_config_and_its_files_beside_one_import_line(folder) -
     assert (folder / "nvlm" / "1").is_dir()
 
 
-def test_artifacts_are_linked_not_copied(folder, sources) -> None:
-    data = folder / "vision_encoder" / "1" / "vision.onnx.data"
-    assert data.samefile(sources.vision / "vision.onnx.data")
+def test_the_decoders_weights_are_linked_not_copied(folder, sources) -> None:
+    weights = folder / "tensorrt_llm" / "1" / "rank0.safetensors"
+    assert weights.samefile(sources.decoder / "rank0.safetensors")
+
+
+def test_the_onnx_tools_read_the_graph_in_its_place(folder) -> None:
+    """They refuse external data that has several hard links."""
+    onnx.checker.check_model(str(folder / "vision_encoder" / "1" / "vision.onnx"))
 
 
 def test_what_was_written_reads_back(folder) -> None:

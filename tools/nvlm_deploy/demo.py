@@ -14,7 +14,6 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.pipeline import State, Step
 from nvlm_deploy.profile import load_profile
 from nvlm_deploy.recipe import Recipe
-from nvlm_deploy.report.device import device_name
 from nvlm_deploy.report.progress import progress
 from nvlm_deploy.report.statistics import Latency
 from nvlm_deploy.report.tables import ModelResult
@@ -94,7 +93,6 @@ class DemoResult:
     def as_json(self) -> dict[str, Any]:
         sample = self.example.sample
         return {
-            "device": device_name(),
             "models": [model.as_json() for model in self.models],
             **comparison_as_json(self.comparison),
             "example": {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm_deploy.artifacts import sha256_of
+from nvlm_deploy.artifacts import sha256_of, sha256_of_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.serving.settings import SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json
@@ -58,12 +57,13 @@ class RepositorySources:
 def write_repository(folder: Path, sources: RepositorySources, choices: ServingChoices) -> None:
     """Fill an empty folder with the repository, then read it back and cross-check it.
 
-    Artifacts are hard links where the file system allows, copies elsewhere; configs hold no path, so the folder can
-    be moved. Writing is not atomic: fill a temporary folder and rename it (`artifacts.replace_folder`, or a pipeline
-    step).
+    The decoder's files are hard links where the file system allows, the rest copies: the onnx tools refuse external
+    data with several links. Configs hold no path, so the folder can be moved. Writing is not atomic: fill a temporary
+    folder and rename it (`artifacts.replace_folder`, or a pipeline step).
     """
     sources.checked()
-    digest = sha256_of(sources.vision / VISION_FILE)
+    vision_files = sorted(sources.vision.glob(f"{VISION_FILE}*"))
+    digest = sha256_of_json([sha256_of(file) for file in vision_files])
     for config in ensemble_configs(sources.spec, choices, vision_digest=digest):
         version = folder / config.name / VERSION
         version.mkdir(parents=True)
@@ -74,9 +74,11 @@ def write_repository(folder: Path, sources: RepositorySources, choices: ServingC
     spec_file = folder / PREPROCESSING / VERSION / SPEC_FILE
     spec_file.write_text(spec_as_json(sources.spec), encoding="utf-8")
     for name in (PREPROCESSING, POSTPROCESSING):
-        link_or_copy(sources.tokenizer, folder / name / VERSION / TOKENIZER_FILE)
-    _link_files(sources.vision.glob(f"{VISION_FILE}*"), folder / VISION / VERSION)
-    _link_files((sources.decoder / "config.json", *sources.decoder.glob("rank*")), folder / DECODER / VERSION)
+        shutil.copyfile(sources.tokenizer, folder / name / VERSION / TOKENIZER_FILE)
+    for file in vision_files:
+        shutil.copyfile(file, folder / VISION / VERSION / file.name)
+    for file in (sources.decoder / "config.json", *sources.decoder.glob("rank*")):
+        link_or_copy(file, folder / DECODER / VERSION / file.name)
     read_repository(folder)
 
 
@@ -91,11 +93,6 @@ def read_repository(folder: Path) -> tuple[ModelConfig, ...]:
             raise NvlmError(f"{file} configures a model called {config.name}; folder and name must be the same")
     require_wired(configs)
     return configs
-
-
-def _link_files(files: Iterable[Path], folder: Path) -> None:
-    for file in files:
-        link_or_copy(file, folder / file.name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -37,11 +37,12 @@ def demo(
     """
     from nvlm_deploy.artifacts import write_text
     from nvlm_deploy.demo import Assets, Sizes, run_demo
+    from nvlm_deploy.report.device import device_name
 
     started = time.monotonic()
     screen = Screen(sys.stderr if json_output else sys.stdout)
     result = run_demo(Assets.of_checkout(), workspace, screen, Sizes(questions))
-    document = {**result.as_json(), "seconds": time.monotonic() - started}
+    document = {"device": device_name(), "seconds": time.monotonic() - started, **result.as_json()}
     write_text(workspace / RESULT_NAME, json.dumps(document, indent=2) + "\n")
     if json_output:
         print(json.dumps(document))

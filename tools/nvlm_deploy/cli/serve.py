@@ -21,7 +21,7 @@ def serve(
     http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
-    ready_timeout_s: Annotated[float, typer.Option(min=1, help="Give up when not ready by then.")] = 120.0,
+    ready_timeout_s: Annotated[float, typer.Option(min=1, help="Give up when not ready by then.")] = 300.0,
     log_file: Annotated[Path | None, typer.Option(help="Keep the server's log here.")] = None,
     dry_run: DryRunOption = False,
     json_output: JsonOption = False,

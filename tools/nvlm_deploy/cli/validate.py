@@ -49,12 +49,13 @@ def accuracy(
 
     questions = Questions(read_samples(samples, limit=limit), max_tokens, concurrency)
     recipe = Recipe(checkpoint, load_profile(profile), workspace)
-    comparison = Comparison(
-        reference=questions.to_server(reference_url)
-        if reference_url
-        else questions.in_process(lambda: reference_model(recipe), "the unquantised model"),
-        candidate=questions.to_server(url) if url else questions.in_process(lambda: built_model(recipe), profile),
-    )
+    # the candidate first: it may not have been built
+    candidate = questions.to_server(url) if url else questions.in_process(lambda: built_model(recipe), profile)
+    if reference_url:
+        reference = questions.to_server(reference_url)
+    else:
+        reference = questions.in_process(lambda: reference_model(recipe), "the unquantised model")
+    comparison = Comparison(reference, candidate)
     verdict = drop_verdict(comparison, max_drop_points=max_drop)
     _print_json(comparison, verdict, profile) if json_output else _print_tables(comparison, verdict, profile)
     raise typer.Exit(0 if verdict.holds else 1)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from nvlm_deploy import tensors
 from nvlm_deploy.client.request import Generation
-from nvlm_deploy.client.wire import broken_stream, checked, is_final, output_values
+from nvlm_deploy.client.wire import checked, is_final, output_values
+from nvlm_deploy.errors import MachineError
 
 FinishReason = Literal["stop", "length"]
 
@@ -90,7 +91,9 @@ class AnswerBuilder:
     def answer(self) -> Answer:
         """The whole answer; MachineError when the stream has ended without it."""
         if self._ended_s is None or not self._pieces:
-            raise broken_stream(self.url)
+            raise MachineError(
+                f"the server at {self.url} stopped in the middle of an answer", hint="see the server's log"
+            )
         tokens = self._pieces[-1].output_tokens
         return Answer(
             text="".join(piece.text for piece in self._pieces),

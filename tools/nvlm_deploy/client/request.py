@@ -32,12 +32,12 @@ def input_tensors(
     question: str, images: Sequence[Image], generation: Generation
 ) -> Iterator[tuple[TensorSpec, Sequence[Any]]]:
     """What is sent: the question always, the rest where it was given. NvlmError for an image that cannot be read."""
-    yield tensors.TEXT_INPUT, [question.encode()]
+    yield tensors.TEXT_INPUT, [_encoded(question)]
     yield tensors.STREAM, [True]
     if images:
         yield tensors.IMAGE, [image_bytes(image) for image in images]
     if generation.stop_words:
-        yield tensors.STOP_WORDS, [word.encode() for word in generation.stop_words]
+        yield tensors.STOP_WORDS, [_encoded(word) for word in generation.stop_words]
     numbers = (
         (tensors.MAX_TOKENS, generation.max_tokens),
         (tensors.TEMPERATURE, generation.temperature),
@@ -49,6 +49,14 @@ def input_tensors(
     for spec, number in numbers:
         if number is not None:
             yield spec, [number]
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8. A shell may hand on bytes that are no text; Python then holds them as lone surrogates."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise NvlmError(f"{text!a} is not valid UTF-8") from None
 
 
 def image_bytes(image: Image) -> bytes:

@@ -19,8 +19,8 @@ _FAULT = re.compile(r"^failed to |stub process|queue size|shutting down|exiting"
 def error_from_text(url: str, text: str) -> NvlmError:
     """The error for a message in the stream, which has no status code.
 
-    Our own models begin the text with the code's name (serving/backend.py). A text without one is Triton's, and taken for
-    the request's fault unless it is known to be another.
+    Our own models begin the text with the code's name (serving/backend.py). A text without one is Triton's, and taken
+    for the request's fault unless it is known to be another.
     """
     text = _WRAPPING.sub("", text)
     if code := _CODE.match(text):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nvlm_deploy.client.status import error_from_status, error_from_text
-from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.tensors import TensorSpec
 
 ENSEMBLE = "nvlm"
@@ -89,13 +89,6 @@ def checked(url: str, message: Any) -> Any:
     if message.error_message:
         raise error_from_text(url, message.error_message)
     return message.infer_response
-
-
-def broken_stream(url: str) -> MachineError:
-    """The stream ended without its final response: the server stopped while it was answering."""
-    return MachineError(
-        f"the server at {url} ended the stream before the answer was whole", hint="see the server's log"
-    )
 
 
 def _datatype(spec: TensorSpec) -> str:

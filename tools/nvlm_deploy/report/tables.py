@@ -49,7 +49,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("measured", justify="right")
     table.add_column("holds")
     for verdict in verdicts:
-        table.add_row(verdict.what, f"{verdict.measurement.value:.1f}", "yes" if verdict.holds else "[bold]NO[/bold]")
+        table.add_row(verdict.what, f"{verdict.measurement.value:.4g}", "yes" if verdict.holds else "[bold]NO[/bold]")
     return table
 
 

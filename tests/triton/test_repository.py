@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -43,12 +44,14 @@ def test_every_model_has_a_config_and_its_files_beside_one_import_line(folder) -
 
 
 def test_the_decoders_weights_are_linked_not_copied(folder, sources) -> None:
-    weights = folder / "tensorrt_llm" / "1" / "rank0.safetensors"
-    assert weights.samefile(sources.decoder / "rank0.safetensors")
+    weights = folder / "tensorrt_llm" / "1" / "rank0.x"
+    assert weights.samefile(sources.decoder / "rank0.x")
 
 
-def test_the_onnx_tools_read_the_graph_in_its_place(folder) -> None:
+def test_the_onnx_tools_read_the_graph_in_its_place(exported_vision, sources, tmp_path) -> None:
     """They refuse external data that has several hard links."""
+    folder = tmp_path / "repository"
+    write_repository(folder, replace(sources, vision=exported_vision.parent), ServingChoices())
     onnx.checker.check_model(str(folder / "vision_encoder" / "1" / "vision.onnx"))
 
 

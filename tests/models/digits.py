@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -30,7 +31,7 @@ HELD_OUT_STRENGTH = 0.6
 class Scan:
     """One handwritten digit: ink `[8, 8]` uint8, 255 is full ink."""
 
-    ink: np.ndarray
+    ink: NDArray[np.uint8]
     digit: int
 
 
@@ -98,7 +99,7 @@ class PictureMaker:
         pool = range(10) if self.random.random() < 0.5 else self.random.sample(range(10), self.random.randint(1, 3))
         return tuple(self.random.choice(pool) for _ in range(count))
 
-    def drawn_ink(self, digit: int) -> np.ndarray:
+    def drawn_ink(self, digit: int) -> NDArray[np.float32]:
         """One tile of ink in 0..1 `[56, 56]`: a scan turned, sheared, bent, shifted, resized, thickened or thinned."""
         scan = self.random.choice(scans(self.held_out)[digit])
         angle, shear = np.radians(self._jitter(12)), self._jitter(0.16)
@@ -117,7 +118,7 @@ class PictureMaker:
     def _jitter(self, reach: float) -> float:
         return self.strength * self.random.uniform(-reach, reach)
 
-    def _coloured(self, ink: np.ndarray) -> Image.Image:
+    def _coloured(self, ink: NDArray[np.float32]) -> Image.Image:
         dark = self.noise.uniform(0, 90, 3).astype(np.float32)
         light = self.noise.uniform(165, 255) + self.noise.uniform(-20, 20, 3).astype(np.float32)
         paper, pen = (light, dark) if self.random.random() < 0.75 else (dark, light)

@@ -182,10 +182,10 @@ def _hits(answers: Iterable[str], wanted: Iterable[str]) -> int:
 
 
 def evaluate(folder: Path, questions: int) -> list[Score]:
-    """All scores of a checkpoint folder; the ablations ask as many questions as the other tasks together."""
+    """All scores of a checkpoint folder; the ablations ask for single tiles of pictures that have several."""
     model = Model(folder)
     scores = task_scores(model, samples(questions, seed=SEED))
-    several = [s for s in samples(5 * questions, seed=SEED + 1) if s.task == "tile" and len(s.digits) > 1]
+    several = [s for s in samples(3 * questions, seed=SEED + 1) if s.task == "tile" and len(s.digits) > 1]
     return [*scores, *shuffled_tag_scores(model, several, random.Random(SEED)), removed_tag_score(model, several)]
 
 

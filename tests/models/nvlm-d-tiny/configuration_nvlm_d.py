@@ -1,9 +1,9 @@
-"""NVLM_D_Config: what `auto_map` in config.json points to, cut down to what a reader of this folder needs."""
+"""What `auto_map` in config.json points to, cut down to what a reader of this folder needs."""
 
 from transformers import PretrainedConfig, Qwen2Config
 
 
-class NVLM_D_Config(PretrainedConfig):
+class NVLM_D_Config(PretrainedConfig):  # noqa: N801
     model_type = "NVLM_D"
     has_no_defaults_at_init = True
 

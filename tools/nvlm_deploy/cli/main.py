@@ -6,15 +6,15 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from types import FrameType
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from nvlm_deploy.cli import ask, build, demo, inspect, serve, validate
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.errors import MachineError, NvlmError
 
 app = typer.Typer(
     help="NVLM-D-72B to a Triton Inference Server ensemble: build, serve, ask, measure.",
@@ -46,19 +46,32 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    as_json = "--json" in arguments
     try:
         code = app(arguments, standalone_mode=False)
     except NvlmError as problem:
-        return _failed(problem, as_json="--json" in arguments)
-    except click.ClickException as problem:
-        problem.show()
-        return problem.exit_code
-    except (KeyboardInterrupt, click.Abort):
+        return _failed(problem, as_json=as_json)
+    except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
+        return _misused(problem.format_message(), as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left half-written", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return _quiet_broken_pipe()
+    except OSError as problem:
+        place = f"{problem.filename}: " if problem.filename else ""
+        return _failed(MachineError(f"{place}{problem.strerror or problem}"), as_json=as_json)
+    except Exception as problem:
+        traceback.print_exc()
+        bug = MachineError(f"{type(problem).__name__}: {problem}", hint="this is a bug of nvlm: report the lines above")
+        return _failed(bug, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _misused(message: str, *, as_json: bool) -> int:
+    """The message is empty when the help was shown instead."""
+    wrong = NvlmError(message, hint="`nvlm --help`, `nvlm VERB --help`")
+    return _failed(wrong, as_json=as_json) if message else wrong.exit_code
 
 
 def _failed(problem: NvlmError, *, as_json: bool) -> int:

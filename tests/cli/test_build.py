@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up_while_building_is_said_and_the_build_goes_on_after
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
     if "mount" in done.stderr and "exit" not in done.stdout:
         pytest.skip(f"this kernel lets nobody mount a small file system: {done.stderr}")
-    assert [line for line in done.stdout.splitlines() if line.startswith(("exit", "/"))][0] == "exit 3", done.stdout
+    assert next(line for line in done.stdout.splitlines() if line.startswith(("exit", "/"))) == "exit 3", done.stdout
     assert "disk is full" in done.stderr
     assert ".partial-" not in done.stdout
     assert done.stdout.splitlines()[-1] == "exit 0", done.stderr

@@ -18,7 +18,6 @@ from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 from nvlm_deploy.model.fp8 import to_e4m3
-from nvlm_deploy.model.reference import decoder_from_trtllm
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +99,11 @@ def test_a_misshapen_tensor_is_named_before_anything_is_written(random_case: Any
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_without_lm_head_is_refused_unless_it_is_tied(random_case: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_without_lm_head_is_refused(random_case: Any, tmp_path: Path) -> None:
     infos = {name: info for name, info in random_case.checkpoint.infos.items() if "lm_head" not in name}
     headless = Checkpoint(random_case.checkpoint.folder, random_case.checkpoint.config, infos)
     with pytest.raises(NvlmError, match=r"no tensor 'language_model\.lm_head\.weight'"):
         trtllm_checkpoint_from(headless, random_case.spec, tmp_path / "untied", calibration=None)
-    tied = dataclasses.replace(
-        random_case.spec, decoder=dataclasses.replace(random_case.spec.decoder, tied_embeddings=True)
-    )
-    decoder = decoder_from_trtllm(trtllm_checkpoint_from(headless, tied, tmp_path / "tied", calibration=None))
-    assert torch.equal(decoder.lm_head.weight, decoder.model.embed_tokens.weight)
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(

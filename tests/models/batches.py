@@ -71,14 +71,10 @@ class BatchMaker:
         seed: int,
         held_out: bool,
         shuffle_tags: bool = True,
-        split_seam_share: float = 0.0,
     ) -> None:
         self.builder = builder
         self.maker = PictureMaker(seed, held_out=held_out)
         self.shuffle_tags = shuffle_tags
-        self.split_seam_share = split_seam_share
-        self.seam_ids = builder.tokenizer.encode(">\n").ids
-        self.split_seam_ids = [builder.tokenizer.token_to_id(piece) for piece in (">", "Ċ")]
         tokenizer = builder.tokenizer
         self.end = [tokenizer.token_to_id("<|im_end|>")]
         # Questions and answers are few and come again: tokenising them anew was a third of a batch's cost.
@@ -89,8 +85,6 @@ class BatchMaker:
 
     def batch(self, grids: Sequence[tuple[int, int]], tasks: Sequence[str] = TRAINING_TASKS) -> Batch:
         """One row per grid; all grids must have the same number of tiles."""
-        # vLLM writes the newline after `</Image>` as an id of its own, Hugging Face does not: some batches have it so.
-        split_seam = self.maker.random.random() < self.split_seam_share
         pictures = [self.maker.picture(grid) for grid in grids]
         tiles = [tiles_from_image(picture.image, TILING) for picture in pictures]
         count = len(tiles[0])
@@ -101,7 +95,7 @@ class BatchMaker:
             digits.append([*picture.digits, NO_TARGET] if count > 1 else [*picture.digits])
             prefix = self._prefix(count, order)
             rows.append(self._branches(picture, order, tasks, len(prefix)))
-            prefixes.append(prefix[:-1] + self.split_seam_ids if split_seam else prefix)
+            prefixes.append(prefix)
         columns = _columns(rows, self._visible(tasks, len(prefixes[0])), len(prefixes[0]))
         ids, targets = _filled(prefixes, rows, columns)
         each = self.builder.tokens_per_tile

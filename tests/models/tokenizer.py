@@ -46,7 +46,6 @@ PIECES = [
     "Image",
     "</",
     "><",
-    ">\n",
     "tile",
     "_global",
     "_thumbnail",

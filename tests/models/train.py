@@ -211,7 +211,7 @@ def naming_accuracy(model: TinyNvlm, builder: PromptBuilder) -> float:
 
 def learn_to_answer(model: TinyNvlm, builder: PromptBuilder, plan: Plan, output: Path, started: float) -> None:
     """Stage two: the whole model on questions; every few minutes the folder is written as it then is."""
-    maker = BatchMaker(builder, seed=plan.seed + 1, held_out=False, split_seam_share=0.2)
+    maker = BatchMaker(builder, seed=plan.seed + 1, held_out=False)
     adam = optimizer(model, plan.learning_rate, 0.5)
     begin = saved = time.monotonic()
     budget = plan.minutes * 60 - (begin - started)

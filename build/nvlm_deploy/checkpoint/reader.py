@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise NvlmError(f"no file {path.name} in {path.parent}", hint=f"fetch {path.name} again")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise NvlmError(f"{path} is not JSON: {problem}", hint=f"fetch {path.name} again") from problem
     if not isinstance(document, dict):
         raise NvlmError(f"{path} holds a JSON {type(document).__name__}, expected an object")
@@ -134,7 +134,7 @@ def _infos(header: bytes, shard: Path) -> list[TensorInfo]:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         return [_info(name, entry, shard) for name, entry in entries.items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
         raise _damaged(shard, problem) from problem
 
 

@@ -74,7 +74,7 @@ def _numbers(spec: DecoderSpec) -> dict[str, Any]:
         "max_position_embeddings": spec.max_positions,
         "rotary_base": spec.rotary_base,
         "rotary_embedding_dim": spec.head_size,
-        "tie_word_embeddings": spec.tied_embeddings,
+        "tie_word_embeddings": False,
     }
 
 
@@ -92,7 +92,6 @@ def _spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
         norm_epsilon=float(config["norm_epsilon"]),
         rotary_base=float(config["rotary_base"]),
         max_positions=int(config["max_position_embeddings"]),
-        tied_embeddings=bool(config["tie_word_embeddings"]),
     )
 
 

@@ -126,12 +126,11 @@ class Layout:
 
     @property
     def after_layers(self) -> list[LayoutTensor]:
-        """Of the last stage. A tied head is written out: stages cannot share it with the embedding."""
+        """Of the last stage."""
         shape = (self.spec.vocab_size, self.spec.hidden_size)
-        head = "model.embed_tokens.weight" if self.spec.tied_embeddings else "lm_head.weight"
         return [
             _bf16("transformer.ln_f.weight", shape[1:], Split.WHOLE, "model.norm.weight"),
-            _bf16("lm_head.weight", shape, Split.VOCABULARY, head),
+            _bf16("lm_head.weight", shape, Split.VOCABULARY, "lm_head.weight"),
         ]
 
     @property

@@ -110,5 +110,4 @@ def _decoder(spec: DecoderSpec) -> Iterator[tuple[str, Shape]]:
     for number in range(spec.layers):
         yield from ((f"language_model.model.layers.{number}.{name}", shape) for name, shape in layer.items())
     yield "language_model.model.norm.weight", (hidden,)
-    if not spec.tied_embeddings:
-        yield "language_model.lm_head.weight", (spec.vocab_size, hidden)
+    yield "language_model.lm_head.weight", (spec.vocab_size, hidden)

@@ -42,9 +42,6 @@ def _state(checkpoint: TrtllmCheckpoint, dtype: torch.dtype) -> dict[str, torch.
             state |= _fp8_state(checkpoint, tensor, tensors)
         elif tensor.sources:
             state |= _by_source(checkpoint, tensor, dtype)
-    if checkpoint.spec.tied_embeddings:
-        # both tensors name the embedding as their source
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
 
 

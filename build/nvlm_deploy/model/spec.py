@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.config_section import ConfigSection
 
 # Qwen2.5's tokenizer, which the released checkpoint carries (facts nvlm-d.md section 5)
 VISION_PAD = "<|vision_pad|>"
@@ -17,6 +18,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # torch's LayerNorm default, which the projector uses in HF and vLLM (Megatron's 1e-6 is another code path)
 PROJECTOR_NORM_EPSILON = 1e-5
+
+# a square of so many patches a side becomes one token
+PIXEL_SHUFFLE = 2
 
 QKV_NAME = "vision_model.encoder.layers.0.attn.qkv.weight"
 
@@ -77,7 +81,6 @@ class DecoderSpec:
     norm_epsilon: float
     rotary_base: float
     max_positions: int
-    tied_embeddings: bool = False
 
     @property
     def head_size(self) -> int:
@@ -132,89 +135,50 @@ def spec_from_checkpoint(checkpoint: HasHeaders) -> ModelSpec:
 
     Raises NvlmError for a checkpoint of another model or a config that contradicts itself.
     """
-    _require_nvlm(checkpoint.config)
-    vision = _Section(_section(checkpoint.config, "vision_config"), "vision_config")
+    _require_nvlm(ConfigSection(checkpoint.config))
+    vision = ConfigSection(checkpoint.config).section("vision_config")
     hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
     return spec_from_config(checkpoint.config, padded_heads=_padded_heads(checkpoint.shape(QKV_NAME), hidden, heads))
 
 
 def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = None) -> ModelSpec:
     """The spec by config.json alone; without `padded_heads` the released rule holds (7 dummy heads, 25 -> 32)."""
-    _require_nvlm(config)
-    top = _Section(config, "config.json")
-    llm = _Section(_section(config, "llm_config"), "llm_config")
-    vision = _vision_spec(_Section(_section(config, "vision_config"), "vision_config"), padded_heads)
+    top = ConfigSection(config)
+    _require_nvlm(top)
+    llm = top.section("llm_config")
+    vision = _vision_spec(top.section("vision_config"), padded_heads)
     decoder = _decoder_spec(llm)
-    shuffle = _pixel_shuffle_factor(top)
-    _require_divides(vision.grid, shuffle, "patches along a tile", "pixel shuffle factor")
-    tiling = TilingSpec(
-        tile_size=top.integer("force_image_size", vision.image_size),
-        min_tiles=top.integer("min_dynamic_patch", 1),
-        max_tiles=top.integer("max_dynamic_patch", 6) if top.get("dynamic_image_size", True) else 1,
-        use_thumbnail=bool(top.get("use_thumbnail", True)),
-        tokens_per_tile=(vision.grid // shuffle) ** 2,
-    )
-    if tiling.min_tiles > tiling.max_tiles:
-        raise NvlmError(
-            f"config.json: min_dynamic_patch {tiling.min_tiles} exceeds max_dynamic_patch {tiling.max_tiles}"
-        )
-    if tiling.tile_size != vision.image_size:
-        raise NvlmError(f"force_image_size is {tiling.tile_size}, vision_config.image_size {vision.image_size}")
-    projector = ProjectorSpec(vision.hidden_size * shuffle**2, decoder.intermediate_size, decoder.hidden_size)
-    prompt = PromptSpec(llm.integer("eos_token_id"), llm.integer("bos_token_id"))
-    return ModelSpec(vision, projector, decoder, tiling, prompt)
+    _require_divides(vision.grid, PIXEL_SHUFFLE, "patches along a tile", "pixel shuffle factor")
+    projector = ProjectorSpec(vision.hidden_size * PIXEL_SHUFFLE**2, decoder.intermediate_size, decoder.hidden_size)
+    prompt = PromptSpec(_token_id(llm, "eos_token_id", decoder), _token_id(llm, "bos_token_id", decoder))
+    return ModelSpec(vision, projector, decoder, _tiling_spec(top, vision), prompt)
 
 
-def _require_nvlm(config: Mapping[str, Any]) -> None:
+def _require_nvlm(top: ConfigSection) -> None:
     """The release says NVLM_D at the top and, wrongly, model_type `llama` for its Qwen2 decoder (trap 4)."""
-    architectures = list(config.get("architectures") or [])
+    architectures = top.values.get("architectures", "missing")
     if architectures != ["NVLM_D"]:
         raise NvlmError(
-            f"config.json: architectures is {architectures or 'missing'}, not ['NVLM_D']: another model",
+            f"config.json: architectures is {architectures}, not ['NVLM_D']: another model",
             hint="point at the folder of NVLM-D-72B (or one of its layout); `nvlm inspect FOLDER` prints what it holds",
         )
-    decoder = list(_section(config, "llm_config").get("architectures") or [])
+    decoder = top.section("llm_config").values.get("architectures", "missing")
     if decoder != ["Qwen2ForCausalLM"]:
         raise NvlmError(f"config.json: llm_config.architectures is {decoder}, expected ['Qwen2ForCausalLM']")
+    if top.has("quantization_config"):
+        raise NvlmError(
+            "config.json has a quantization_config: these weights are quantised already",
+            hint="start from the unquantised BF16 checkpoint",
+        )
 
 
-def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = config.get(key)
-    if not isinstance(section, Mapping):
-        raise NvlmError(f"config.json has no section {key!r}", hint="fetch config.json of the checkpoint again")
-    return section
-
-
-@dataclass(frozen=True)
-class _Section:
-    """Reads numbers out of one section of config.json, naming the key when one is missing or of another type."""
-
-    values: Mapping[str, Any]
-    place: str
-
-    def get(self, key: str, default: Any) -> Any:
-        return self.values.get(key, default)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value):
-            raise NvlmError(f"{self.place}.{key} is {value}, expected a whole number")
-        return int(value)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or (value <= 0 and not key.endswith("_id")):
-            raise NvlmError(f"{self.place}.{key} is {value!r}, expected a positive number")
-        return value
-
-
-def _vision_spec(section: _Section, padded_heads: int | None) -> VisionSpec:
+def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec:
     heads, hidden = section.integer("num_attention_heads"), section.integer("hidden_size")
     image_size, patch_size = section.integer("image_size"), section.integer("patch_size")
     _require_divides(hidden, heads, "vision_config.hidden_size", "num_attention_heads")
     _require_divides(image_size, patch_size, "vision_config.image_size", "patch_size")
-    if not section.get("qk_normalization", True) or section.get("qkv_bias", False):
-        raise NvlmError("vision_config: expected qk_normalization true and qkv_bias false, as InternViT-6B-V1-5 has")
+    section.require("qk_normalization", True, "InternViT-6B-V1-5 normalises q and k")
+    section.require("qkv_bias", False, "InternViT-6B-V1-5 has no bias on qkv")
     return VisionSpec(
         hidden_size=hidden,
         intermediate_size=section.integer("intermediate_size"),
@@ -227,12 +191,13 @@ def _vision_spec(section: _Section, padded_heads: int | None) -> VisionSpec:
     )
 
 
-def _decoder_spec(section: _Section) -> DecoderSpec:
+def _decoder_spec(section: ConfigSection) -> DecoderSpec:
     """Keys the release leaves to the Qwen2 defaults get Qwen2-72B-Instruct's values (facts nvlm-d.md section 1)."""
     heads, hidden = section.integer("num_attention_heads"), section.integer("hidden_size")
     _require_divides(hidden, heads, "llm_config.hidden_size", "num_attention_heads")
     kv_heads = section.integer("num_key_value_heads", heads)
     _require_divides(heads, kv_heads, "llm_config.num_attention_heads", "num_key_value_heads")
+    section.require("tie_word_embeddings", False, "NVLM-D has an output head of its own")
     return DecoderSpec(
         vocab_size=section.integer("vocab_size", 152064),
         hidden_size=hidden,
@@ -243,30 +208,43 @@ def _decoder_spec(section: _Section) -> DecoderSpec:
         norm_epsilon=section.number("rms_norm_eps", 1e-6),
         rotary_base=_rotary_base(section),
         max_positions=section.integer("max_position_embeddings", 32768),
-        tied_embeddings=bool(section.get("tie_word_embeddings", False)),
     )
 
 
-def _rotary_base(section: _Section) -> float:
+def _rotary_base(section: ConfigSection) -> float:
     """transformers 4 writes `rope_theta`; transformers 5 moved it into `rope_parameters`."""
-    parameters = section.get("rope_parameters", None)
-    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return float(parameters["rope_theta"])
-    if section.get("rope_scaling", None):
-        raise NvlmError(f"llm_config.rope_scaling is {section.get('rope_scaling', None)}: only plain RoPE is supported")
+    if section.has("rope_parameters"):
+        return section.section("rope_parameters").number("rope_theta", 1_000_000.0)
+    if section.has("rope_scaling"):
+        raise NvlmError(f"llm_config.rope_scaling is {section.values['rope_scaling']}: only plain RoPE is supported")
     return section.number("rope_theta", 1_000_000.0)
 
 
-def _pixel_shuffle_factor(top: _Section) -> int:
-    ratio = top.number("downsample_ratio", 0.5)
-    version = top.get("ps_version", "v2")
-    if version != "v2":
-        raise NvlmError(f"config.json: ps_version is {version!r}; NVLM-D is trained with 'v2' (v1 transposes the grid)")
-    if top.get("select_layer", -1) != -1:
-        raise NvlmError(f"config.json: select_layer is {top.get('select_layer', -1)}; only -1, the last, is supported")
-    if ratio != 0.5:
-        raise NvlmError(f"config.json: downsample_ratio is {ratio}; only 0.5, four patches a token, is supported")
-    return round(1 / ratio)
+def _tiling_spec(top: ConfigSection, vision: VisionSpec) -> TilingSpec:
+    top.require("ps_version", "v2", "NVLM-D is trained with it; v1 transposes the grid")
+    top.require("select_layer", -1, "the projector reads the last layer")
+    top.require("downsample_ratio", 0.5, "four patches become one token")
+    tiling = TilingSpec(
+        tile_size=top.integer("force_image_size", vision.image_size),
+        min_tiles=top.integer("min_dynamic_patch", 1),
+        max_tiles=top.integer("max_dynamic_patch", 6) if top.flag("dynamic_image_size", True) else 1,
+        use_thumbnail=top.flag("use_thumbnail", True),
+        tokens_per_tile=(vision.grid // PIXEL_SHUFFLE) ** 2,
+    )
+    if tiling.min_tiles > tiling.max_tiles:
+        raise NvlmError(
+            f"config.json: min_dynamic_patch {tiling.min_tiles} exceeds max_dynamic_patch {tiling.max_tiles}"
+        )
+    if tiling.tile_size != vision.image_size:
+        raise NvlmError(f"force_image_size is {tiling.tile_size}, vision_config.image_size {vision.image_size}")
+    return tiling
+
+
+def _token_id(llm: ConfigSection, key: str, decoder: DecoderSpec) -> int:
+    token_id = llm.integer(key)
+    if not 0 <= token_id < decoder.vocab_size:
+        raise NvlmError(f"llm_config.{key} is {token_id}, outside the vocabulary of {decoder.vocab_size}")
+    return token_id
 
 
 def _padded_heads(qkv_shape: tuple[int, ...], hidden: int, heads: int) -> int:

@@ -81,8 +81,12 @@ class Recipe:
     def run(self, *, force: bool = False, only: str | None = None) -> Iterator[tuple[Step, State]]:
         return self.pipeline().run(force=force, only=only)
 
+    def _prompts(self) -> PromptBuilder:
+        return PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper)
+
     def _require_inputs(self) -> None:
-        _ = self.spec, self.tokenizer
+        """What would fail hours later must fail now."""
+        self._prompts().require_matches(self.spec)
         if self.profile.decoder.quantization != "none":
             self._samples()
 
@@ -169,7 +173,7 @@ class Recipe:
         from nvlm_deploy.vision.engine import OnnxRuntimeEngine
 
         embedder = SampleEmbedder(
-            PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper),
+            self._prompts(),
             self.spec.tiling,
             OnnxRuntimeEngine(self.vision_folder / "vision.onnx"),
             self.checkpoint.tensor("language_model.model.embed_tokens.weight").float(),

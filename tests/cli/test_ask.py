@@ -47,4 +47,4 @@ def test_a_number_out_of_range_is_wrong_input(arguments: list[str], capsys: pyte
 
 def test_a_question_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(*NOBODY) == 2
-    assert "QUESTION" in capsys.readouterr().err
+    assert "question" in capsys.readouterr().err

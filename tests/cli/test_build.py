@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(tiny_folder: Path,
     build.send_signal(signal.SIGINT)
     _, errors = build.communicate(timeout=60)
     assert build.returncode == 130, errors
+    assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not list(workspace.rglob(".partial-*"))
 
@@ -144,3 +146,23 @@ def wait_until(condition: object, timeout_s: float = 90) -> None:
 def artifact_bytes(workspace: Path) -> dict[str, bytes]:
     files = [path for path in workspace.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
     return {path.relative_to(workspace).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda text: "{}", "tokenizer"),
+        (lambda text: text.replace("<|vision_pad|>", "<|other_pad|>"), "<|vision_pad|>"),
+        (lambda text: text.replace("<|im_end|>", "<|im_fin|>"), "<|im_end|>"),
+    ],
+    ids=["empty", "no vision pad", "no im_end"],
+)
+def test_a_tokenizer_of_another_model_is_refused_before_the_first_step(
+    tiny_folder: Path, tmp_path: Path, edit: Callable[[str], str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "tokenizer.json").write_text(edit((copy / "tokenizer.json").read_text()))
+    assert exit_code_of("build", copy, "--profile", "cpu-bf16", "--workspace", tmp_path / "work") == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -100,3 +100,11 @@ def test_failure_is_one_json_document_too(tmp_path: Path, capsys: pytest.Capture
     error = json.loads(capsys.readouterr().out)["error"]
     assert "nowhere" in error["message"]
     assert error["exit_code"] == 2
+
+
+def test_a_tensor_of_a_type_that_holds_no_weights_is_named(folder: Path) -> None:
+    shard = first_shard(folder)
+    data = shard.read_bytes()
+    shard.write_bytes(data.replace(b'"BF16"', b'"I16" ', 1))
+    with pytest.raises(NvlmError, match="is I16, expected one of BF16"):
+        facts_of(folder)

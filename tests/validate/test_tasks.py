@@ -55,6 +55,11 @@ def test_a_drop_of_exactly_the_bound_is_allowed_and_more_is_not() -> None:
     assert not drop_verdict(Comparison(right, three_wrong), max_drop_points=1.0).holds
 
 
+def test_nothing_lost_is_zero_and_not_minus_zero() -> None:
+    answers = scored(SAMPLES, ["3"] * 4)
+    assert str(drop_verdict(Comparison(answers, answers), max_drop_points=1.0).measurement.value) == "0.0"
+
+
 def test_a_candidate_that_is_better_passes() -> None:
     comparison = Comparison(scored(SAMPLES, [""] * 4), scored(SAMPLES, ["3", "3 1", "7", "19"]))
     verdict = drop_verdict(comparison, max_drop_points=0.0)

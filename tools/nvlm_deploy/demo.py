@@ -146,7 +146,7 @@ def _started(recipes: Sequence[Recipe], servers: contextlib.ExitStack) -> Iterat
     """The address of each recipe's server."""
     with progress("starting Triton servers", len(recipes)) as advance:
         for recipe in recipes:
-            server = TritonServer(recipe.repository, ServerChoices(ports=Ports.free()))
+            server = TritonServer(recipe.repository, ServerChoices(ports=Ports.free(), ready_timeout_s=300))
             yield servers.enter_context(server).grpc_url
             advance()
 

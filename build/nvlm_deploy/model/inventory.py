@@ -9,6 +9,9 @@ from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec, ProjectorSpec, VisionSpec
 
+# what the exporters can read; the release is BF16 throughout
+READABLE_DTYPES = ("BF16", "F16", "F32")
+
 PARTS = {"vision_model": "vision_model.", "projector": "mlp1.", "language_model": "language_model."}
 
 Shape = tuple[int, ...]
@@ -30,6 +33,7 @@ def require_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
         )
     for name, shape in expected.items():
         require_shape(checkpoint, name, shape)
+        _require_dtype(checkpoint, name)
     return sorted(set(checkpoint.names) - set(expected))
 
 
@@ -40,6 +44,15 @@ def require_shape(checkpoint: Checkpoint, name: str, expected: Shape) -> None:
             f"tensor {name} in {info.shard.name} has shape {list(info.shape)}, "
             f"expected {list(expected)} by config.json",
             hint=f"`nvlm inspect {checkpoint.folder}` compares config.json with the shards",
+        )
+
+
+def _require_dtype(checkpoint: Checkpoint, name: str) -> None:
+    info = checkpoint.info(name)
+    if info.dtype not in READABLE_DTYPES:
+        raise NvlmError(
+            f"tensor {name} in {info.shard.name} is {info.dtype}, expected one of {', '.join(READABLE_DTYPES)}",
+            hint="start from the unquantised checkpoint",
         )
 
 

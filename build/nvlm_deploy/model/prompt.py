@@ -84,6 +84,18 @@ class PromptBuilder:
         self.system = DEFAULT_SYSTEM[wrapper] if system == "default" else system
         self.pad_token_id = _special_id(self.tokenizer, VISION_PAD, tokenizer_file)
 
+    def require_matches(self, spec: ModelSpec) -> None:
+        """Raises NvlmError when the tokenizer is not the one that the model was trained with, as far as ids tell."""
+        end = self.tokenizer.token_to_id(IM_END)
+        if end != spec.prompt.eos_token_id:
+            raise NvlmError(
+                f"tokenizer.json has {IM_END} as id {end}, config.json eos_token_id {spec.prompt.eos_token_id}"
+            )
+        if self.tokenizer.get_vocab_size() > spec.decoder.vocab_size:
+            raise NvlmError(
+                f"tokenizer.json has {self.tokenizer.get_vocab_size()} tokens, the model {spec.decoder.vocab_size}"
+            )
+
     def text(self, question: str, tiles_per_image: Sequence[int] = ()) -> str:
         """The whole prompt as text; `tiles_per_image` counts thumbnails."""
         spans = [image_span(tiles, self.tokens_per_tile) for tiles in tiles_per_image]

@@ -49,6 +49,8 @@ def _exit_code(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer's own way to say that Ctrl-C was pressed
+            raise KeyboardInterrupt
     except NvlmError as problem:
         return _failed(problem, as_json=as_json)
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range

@@ -48,7 +48,7 @@ def drop_verdict(comparison: Comparison, *, max_drop_points: float) -> Verdict:
     """Is the candidate, over all tasks, at most `max_drop_points` percentage points below the reference?"""
     difference = comparison.differences[ALL]
     low, high = difference.interval_points
-    drop = Measurement("accuracy lost, all tasks", -difference.points, "points", difference.total, (-high, -low))
+    drop = Measurement("accuracy lost, all tasks", 0.0 - difference.points, "points", difference.total, (-high, -low))
     return Verdict(drop, Bar("at most", max_drop_points))
 
 

@@ -69,7 +69,7 @@ class Step:
 def digest_of_input(path: Path) -> str:
     """A file's SHA-256; a finished artifact's, by its manifest; any other folder's, over its files."""
     if not path.exists():
-        raise NvlmError(f"no input {path}")
+        raise NvlmError(f"no input {path}", hint="run the steps before this one: `nvlm build` runs all")
     if path.is_file():
         return sha256_of(path)
     if (path / MANIFEST_NAME).is_file():
@@ -134,13 +134,12 @@ class Pipeline:
     lock: Path
     makers: Mapping[str, Callable[[], Step]]
 
-    def run(self, *, force: bool = False, only: str | None = None) -> Iterator[tuple[Step, State]]:
+    def run(self, *, force: bool = False) -> Iterator[tuple[Step, State]]:
         """Yield each step with what happened; a killed run goes on at the step it was in."""
         with _exclusive(self.lock):
-            for name, make_step in self.makers.items():
-                if only is None or name == only:
-                    step = make_step()
-                    yield step, run_step(step, force=force)[0]
+            for make_step in self.makers.values():
+                step = make_step()
+                yield step, run_step(step, force=force)[0]
 
     def plan(self) -> Iterator[tuple[str, State]]:
         """What `run` would do, writing nothing. After one step to build, so are all that follow."""

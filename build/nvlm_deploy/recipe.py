@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,26 +68,28 @@ class Recipe:
             )
         return path
 
-    def pipeline(self) -> Pipeline:
-        """The steps in order. Raises NvlmError when the checkpoint or the calibration folder is not usable."""
-        self._require_inputs()
+    def pipeline(self, only: str | None = None) -> Pipeline:
+        """The steps in order, or one. Raises NvlmError when what they read is not usable."""
         makers: Mapping[str, Callable[[], Step]] = {
             "export-vision": self._export_vision,
             "quantize-llm": self._quantize_llm,
             "assemble": self._assemble,
         }
-        return Pipeline(self.workspace / "engines" / self.profile.name / ".lock", makers)
+        chosen = {name: make for name, make in makers.items() if only in (None, name)}
+        self._require_inputs(chosen)
+        return Pipeline(self.workspace / "engines" / self.profile.name / ".lock", chosen)
 
-    def run(self, *, force: bool = False, only: str | None = None) -> Iterator[tuple[Step, State]]:
-        return self.pipeline().run(force=force, only=only)
+    def run(self, *, force: bool = False) -> Iterator[tuple[Step, State]]:
+        """All steps; see Pipeline.run."""
+        return self.pipeline().run(force=force)
 
     def _prompts(self) -> PromptBuilder:
         return PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper)
 
-    def _require_inputs(self) -> None:
+    def _require_inputs(self, steps: Collection[str]) -> None:
         """What would fail hours later must fail now."""
         self._prompts().require_matches(self.spec)
-        if self.profile.decoder.quantization != "none":
+        if self.profile.decoder.quantization != "none" and "quantize-llm" in steps:
             self._samples()
 
     def _checkpoint_inputs(self) -> dict[str, Path]:

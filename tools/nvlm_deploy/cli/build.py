@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,11 @@ HELP = {
 
 
 def register(app: typer.Typer) -> None:
-    app.command(name="build", help="All steps from a checkpoint to a Triton repository; finished ones are kept.")(build)
+    app.command(name="build", help="All steps from a checkpoint to a Triton repository; finished ones are kept.")(
+        _verb()
+    )
     for step in STEP_NAMES:
-        app.command(name=step, help=HELP[step])(_single(step))
+        app.command(name=step, help=HELP[step])(_verb(only=step))
 
 
 @dataclass(frozen=True)
@@ -43,20 +46,9 @@ class Request:
     only: str | None = None
 
 
-def build(
-    checkpoint: CheckpointArgument,
-    profile: ProfileOption = "cpu",
-    workspace: WorkspaceOption = Path(),
-    calibration: CalibrationOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    json_output: JsonOption = False,
-) -> None:
-    request = Request(_recipe(checkpoint, profile, workspace, calibration), force)
-    _execute(request, dry_run=dry_run, json_output=json_output)
+def _verb(only: str | None = None) -> Callable[..., None]:
+    """The command that runs one step, or all of them; typer reads the inner function's signature."""
 
-
-def _single(step: str):  # type: ignore[no-untyped-def]  # typer reads the inner function's own signature
     def run(
         checkpoint: CheckpointArgument,
         profile: ProfileOption = "cpu",
@@ -66,7 +58,7 @@ def _single(step: str):  # type: ignore[no-untyped-def]  # typer reads the inner
         dry_run: DryRunOption = False,
         json_output: JsonOption = False,
     ) -> None:
-        request = Request(_recipe(checkpoint, profile, workspace, calibration), force, only=step)
+        request = Request(_recipe(checkpoint, profile, workspace, calibration), force, only)
         _execute(request, dry_run=dry_run, json_output=json_output)
 
     return run
@@ -82,11 +74,11 @@ def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
     console = Console(stderr=True, highlight=False)
     rows: list[dict[str, str | float]] = []
     started = time.monotonic()
-    pipeline = request.recipe.pipeline()
+    pipeline = request.recipe.pipeline(request.only)
     if dry_run:
-        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan() if request.only in (None, name)]
+        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan()]
     else:
-        for step, state in pipeline.run(force=request.force, only=request.only):
+        for step, state in pipeline.run(force=request.force):
             seconds = time.monotonic() - started
             rows.append({"step": step.name, "state": str(state), "output": str(step.output), "seconds": seconds})
             console.print(f"{step.name:14} {state:12} {seconds:7.1f} s  {step.output}")

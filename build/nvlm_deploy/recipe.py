@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.inventory import require_tensors
@@ -16,7 +18,7 @@ from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
 from nvlm_deploy.pipeline import Pipeline, State, Step
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.sample_embeddings import SampleEmbedder
-from nvlm_deploy.samples import Sample, read_samples
+from nvlm_deploy.samples import SAMPLES_NAME, Sample, read_samples
 
 if TYPE_CHECKING:
     from nvlm_deploy.llm.calibrate import CalibrationResult
@@ -115,7 +117,7 @@ class Recipe:
         inputs = self._checkpoint_inputs()
         settings = choice.model_dump(include={"quantization", "kv_cache", "tensor_parallel", "pipeline_parallel"})
         if choice.quantization != "none":
-            inputs |= {"vision": self.vision_folder, "calibration": self._calibration()}
+            inputs |= {"vision": self.vision_folder, **self._calibration_inputs()}
             settings |= {"calibration samples": len(self._samples()), "wrapper": self.profile.serving.wrapper}
 
         def make(folder: Path) -> Mapping[str, Any]:
@@ -143,7 +145,16 @@ class Recipe:
             write_repository(folder, sources, self._serving_choices())
             return {}
 
-        return Step("assemble", self.repository, inputs, self.profile.model_dump(), make, ("tritonclient",))
+        return Step("assemble", self.repository, inputs, self._assembly_settings(), make, ("tritonclient",))
+
+    def _assembly_settings(self) -> dict[str, Any]:
+        """Assembling is cheap, so whatever its code would write differently counts as another choice."""
+        from nvlm_deploy.triton.ensemble import ensemble_configs
+        from nvlm_deploy.triton.pbtxt import config_text
+
+        configs = ensemble_configs(self.spec, self._serving_choices(), vision_digest="")
+        texts = {config.name: config_text(config) for config in configs}
+        return {"profile": self.profile.name, "spec": dataclasses.asdict(self.spec), "configs": sha256_of_json(texts)}
 
     def _serving_choices(self) -> ServingChoices:
         from nvlm_deploy.triton.ensemble import ServingChoices
@@ -165,6 +176,12 @@ class Recipe:
                 hint="--calibration FOLDER with samples.jsonl and images like those of your users",
             )
         return self.calibration_folder
+
+    def _calibration_inputs(self) -> dict[str, Path]:
+        """The list and every picture in it: what else lies in the folder does not matter."""
+        folder = self._calibration()
+        images = sorted({image for sample in self._samples() for image in sample.images})
+        return {f"calibration {path.name}": path for path in (folder / SAMPLES_NAME, *images)}
 
     def _samples(self) -> list[Sample]:
         return read_samples(self._calibration(), limit=self.profile.calibration.samples)

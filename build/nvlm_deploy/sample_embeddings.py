@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvlm_deploy.errors import NvlmError
@@ -46,7 +47,13 @@ class SampleEmbedder:
         return self._joined(self.prompt(sample), answer)
 
     def _tiles(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
-        return [tiles_from_image(open_image(path.read_bytes()), self.tiling) for path in sample.images]
+        return [self._tiles_of(path) for path in sample.images]
+
+    def _tiles_of(self, path: Path) -> npt.NDArray[np.uint8]:
+        try:
+            return tiles_from_image(open_image(path.read_bytes()), self.tiling)
+        except NvlmError as problem:
+            raise NvlmError(f"{path}: {problem.message}", hint=problem.hint) from problem
 
     def _ids(self, sample: Sample, images: list[npt.NDArray[np.uint8]]) -> list[int]:
         return self.prompts.ids(sample.question, [len(tiles) for tiles in images])

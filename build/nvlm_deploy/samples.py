@@ -31,11 +31,14 @@ def read_samples(folder: Path, *, limit: int | None = None) -> list[Sample]:
     """
     path = folder / SAMPLES_NAME
     if not path.is_file():
-        raise NvlmError(
-            f"no {SAMPLES_NAME} in {folder}", hint='one JSON object per line: {"question", "answer", "images"}'
-        )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    samples = [_sample(folder, number, line) for number, line in enumerate(lines[:limit], start=1)]
+        raise NvlmError(f"no {SAMPLES_NAME} in {folder}", hint="one JSON object a line: question, answer, images")
+    try:
+        # not splitlines(): a JSON string may hold U+2028 as it is
+        lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)
+    except UnicodeDecodeError as problem:
+        raise NvlmError(f"{path} is not UTF-8: {problem}") from problem
+    filled = [(number, line) for number, line in lines if line.strip()]
+    samples = [_sample(folder, f"{path} line {number}", line) for number, line in filled[:limit]]
     if not samples:
         raise NvlmError(f"{path} holds no samples")
     return samples
@@ -50,13 +53,17 @@ def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     (folder / SAMPLES_NAME).write_text(text, encoding="utf-8")
 
 
-def _sample(folder: Path, number: int, line: str) -> Sample:
+def _sample(folder: Path, place: str, line: str) -> Sample:
     try:
         sample = Sample.model_validate_json(line)
     except ValidationError as problem:
-        raise NvlmError(f"{folder / SAMPLES_NAME} line {number}: {problem.errors()[0]['msg']}") from None
+        first = problem.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise NvlmError(f"{place}: {f'{key}: ' if key else ''}{first['msg']}") from None
+    if not sample.question.strip():
+        raise NvlmError(f"{place}: the question is empty")
     images = tuple(folder / image for image in sample.images)
     for image in images:
         if not image.is_file():
-            raise NvlmError(f"{folder / SAMPLES_NAME} line {number}: no image {image}")
+            raise NvlmError(f"{place}: no image {image}")
     return sample.model_copy(update={"images": images})

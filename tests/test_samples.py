@@ -46,7 +46,7 @@ def test_a_damaged_list_is_named_by_line_and_key(tmp_path: Path, content: bytes,
 
 
 def test_a_missing_list_says_what_one_looks_like(tmp_path: Path) -> None:
-    with pytest.raises(NvlmError, match="no samples.jsonl") as refusal:
+    with pytest.raises(NvlmError, match=r"no samples\.jsonl") as refusal:
         read_samples(tmp_path)
     assert "question" in (refusal.value.hint or "")
 

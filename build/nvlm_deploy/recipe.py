@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,7 +182,7 @@ class Recipe:
         """The list and every picture in it: what else lies in the folder does not matter."""
         folder = self._calibration()
         images = sorted({image for sample in self._samples() for image in sample.images})
-        return {f"calibration {path.name}": path for path in (folder / SAMPLES_NAME, *images)}
+        return {f"calibration {os.path.relpath(path, folder)}": path for path in (folder / SAMPLES_NAME, *images)}
 
     def _samples(self) -> list[Sample]:
         return read_samples(self._calibration(), limit=self.profile.calibration.samples)

@@ -141,9 +141,9 @@ class Pipeline:
                 step = make_step()
                 yield step, run_step(step, force=force)[0]
 
-    def plan(self) -> Iterator[tuple[str, State]]:
+    def plan(self, *, force: bool = False) -> Iterator[tuple[str, State]]:
         """What `run` would do, writing nothing. After one step to build, so are all that follow."""
-        stale = False
+        stale = force
         for name, make_step in self.makers.items():
             stale = stale or state_of(make_step()) is State.TO_BUILD
             yield name, State.TO_BUILD if stale else State.UP_TO_DATE

@@ -13,7 +13,7 @@ from nvlm_deploy.errors import NvlmError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class VisionChoice(_Section):
@@ -81,8 +81,8 @@ def load_profile(name_or_path: str) -> Profile:
             raise NvlmError(f"no profile {name_or_path!r}", hint=f"there are: {', '.join(names)}")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NvlmError(f"no profile file {path}") from None
+    except OSError as problem:
+        raise NvlmError(f"no profile file {path}: {problem.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise NvlmError(f"{path} is not TOML: {problem}") from problem
     try:

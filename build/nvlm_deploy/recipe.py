@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.prompt import PromptBuilder
@@ -86,12 +87,34 @@ class Recipe:
         """All steps; see Pipeline.run."""
         return self.pipeline().run(force=force)
 
+    def _layout(self) -> Layout:
+        """How the decoder is split. Raises NvlmError naming the legal splits."""
+        choice = self.profile.decoder
+        quant_algo = None if choice.quantization == "none" else FP8
+        return Layout(self.spec.decoder, quant_algo, Parallelism(choice.tensor_parallel, choice.pipeline_parallel))
+
+    def _require_lengths(self) -> None:
+        longest, positions = self.profile.decoder.max_seq_len, self.spec.decoder.max_positions
+        if longest > positions:
+            raise NvlmError(
+                f"profile {self.profile.name!r}: max_seq_len {longest}, the model has {positions} positions"
+            )
+        answer = self.profile.serving.default_max_tokens
+        if answer >= longest:
+            raise NvlmError(
+                f"profile {self.profile.name!r}: default_max_tokens {answer} leaves no room for a prompt "
+                f"in max_seq_len {longest}"
+            )
+
     def _prompts(self) -> PromptBuilder:
         return PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper)
 
     def _require_inputs(self, steps: Collection[str]) -> None:
         """What would fail hours later must fail now."""
         self._prompts().require_matches(self.spec)
+        self._require_lengths()
+        if "quantize-llm" in steps:
+            self._layout()
         if self.profile.decoder.quantization != "none" and "quantize-llm" in steps:
             self._samples()
 
@@ -122,7 +145,6 @@ class Recipe:
             settings |= {"calibration samples": len(self._samples()), "wrapper": self.profile.serving.wrapper}
 
         def make(folder: Path) -> Mapping[str, Any]:
-            from nvlm_deploy.checkpoint.trtllm_layout import Parallelism
             from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 
             trtllm_checkpoint_from(
@@ -130,7 +152,7 @@ class Recipe:
                 self.spec,
                 folder,
                 calibration=None if choice.quantization == "none" else self._calibrated(),
-                parallelism=Parallelism(choice.tensor_parallel, choice.pipeline_parallel),
+                parallelism=self._layout().parallelism,
             )
             return {}
 

@@ -166,3 +166,29 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_first_step(
     assert exit_code_of("build", copy, "--profile", "cpu-bf16", "--workspace", tmp_path / "work") == 2
     assert word in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ("max_batch_size = 8", "max_batch_size = true", "max_batch_size is True"),
+        ("max_batch_size = 8", 'max_batch_size = "8"', "max_batch_size is '8'"),
+        ("tensor_parallel = 1", "tensor_parallel = 3", "3"),
+        ("pipeline_parallel = 1", "pipeline_parallel = 9", "9"),
+        ("max_seq_len = 1024", "max_seq_len = 10000000", "2048 positions"),
+        ("default_max_tokens = 128", "default_max_tokens = 5000", "leaves no room"),
+    ],
+)
+def test_a_profile_that_cannot_work_is_refused_before_the_first_step(
+    command: list[str | Path], tmp_path: Path, before: str, after: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "mine.toml"
+    profile.write_text((REPOSITORY / "engines/profiles/cpu.toml").read_text().replace(before, after))
+    assert exit_code_of(*command, "--profile", profile) == 2
+    assert word in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "work").exists()
+
+
+def test_forcing_plans_every_step(command: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(*command, "--dry-run", "--force") == 0
+    assert capsys.readouterr().out.count("to build") == 3

@@ -159,7 +159,7 @@ class TritonServer:
     def _start(self, installation: Installation, scratch: Path) -> None:
         command = [
             *(sys.executable, "-c", _LAUNCHER, str(os.getpid())),
-            *server_command(installation, self.repository, scratch / "backends", self.choices),
+            *server_command(installation, plain_path(self.repository, scratch), scratch / "backends", self.choices),
             f"--backend-config=python,shm-region-prefix-name={self._memory_name}",
         ]
         environment = server_environment(installation, threads=self.choices.threads)
@@ -181,6 +181,13 @@ class TritonServer:
                 waited = f"{self.choices.ready_timeout_s:g} s"
                 raise MachineError(f"tritonserver was not ready after {waited}; its log ends:\n{self.log_tail()}")
             time.sleep(0.1)
+
+
+def plain_path(repository: Path, scratch: Path) -> Path:
+    """A link to the repository without spaces or accents: Triton hands the path to its stubs unquoted and as ASCII."""
+    link = scratch / "repository"
+    link.symlink_to(repository, target_is_directory=True)
+    return link
 
 
 def server_command(installation: Installation, repository: Path, backends: Path, choices: ServerChoices) -> list[str]:

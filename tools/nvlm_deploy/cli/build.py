@@ -76,7 +76,7 @@ def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
     started = time.monotonic()
     pipeline = request.recipe.pipeline(request.only)
     if dry_run:
-        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan()]
+        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan(force=request.force)]
     else:
         for step, state in pipeline.run(force=request.force):
             seconds = time.monotonic() - started

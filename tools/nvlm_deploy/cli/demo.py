@@ -33,7 +33,8 @@ def demo(
 ) -> None:
     """Quantise a small NVLM-D to FP8, serve it with Triton, and measure it beside the unquantised model.
 
-    Takes some minutes on a CPU; a second run keeps what is built. The numbers are also written to WORKSPACE/demo.json.
+    Takes some minutes on a CPU; a second run keeps what is built. The numbers are also
+    written to WORKSPACE/demo.json. Exit code 1 when the bundled picture is misread.
     """
     from nvlm_deploy.artifacts import write_text
     from nvlm_deploy.demo import Assets, Sizes, run_demo
@@ -48,6 +49,7 @@ def demo(
         print(json.dumps(document))
     else:
         print_result(result)
+    raise typer.Exit(0 if result.example.is_right else 1)
 
 
 class Screen:

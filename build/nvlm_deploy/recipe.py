@@ -175,7 +175,7 @@ class Recipe:
         from nvlm_deploy.triton.ensemble import ensemble_configs
         from nvlm_deploy.triton.pbtxt import config_text
 
-        configs = ensemble_configs(self.spec, self._serving_choices(), vision_digest="")
+        configs = ensemble_configs(self.spec, self._serving_choices(), vision_digest="any")
         texts = {config.name: config_text(config) for config in configs}
         return {"profile": self.profile.name, "spec": dataclasses.asdict(self.spec), "configs": sha256_of_json(texts)}
 

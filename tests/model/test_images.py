@@ -117,3 +117,10 @@ def test_more_pixels_than_allowed_are_refused_with_both_numbers():
 def test_just_over_the_limit_is_our_error_not_pillows_warning():
     with pytest.raises(NvlmError, match="10000 x 10000 pixels, more than the 89,000,000"):
         open_image(png_header(10_000, 10_000))
+
+
+def test_a_16_bit_grey_picture_is_scaled_not_clipped():
+    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    encoded = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint16) * 257).save(encoded, "PNG")
+    assert np.array_equal(np.asarray(open_image(encoded.getvalue()))[..., 0], grey)

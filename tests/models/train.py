@@ -293,6 +293,7 @@ def main() -> None:
     parser.add_argument("--naming-steps", type=int, default=defaults.naming_steps)
     parser.add_argument("--first-tiles", type=int, default=defaults.first_tiles, help="most tiles in the first batches")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--hint-weight", type=float, default=defaults.hint_weight, help="of the auxiliary losses")
     parser.add_argument("--naming-rate", type=float, default=defaults.naming_rate)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--start-from", type=Path, help="a folder written earlier: go on from it")

@@ -53,9 +53,18 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise NvlmError(f"the image cannot be opened: {problem}") from problem
     _require_sane_size(image.size, max_pixels)
     try:
-        return image.convert("RGB")
+        return _eight_bits(image).convert("RGB")
     except Exception as problem:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
         raise NvlmError(f"the image is damaged or truncated: {problem}") from problem
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey picture scaled down; Pillow's own conversion would clip all above 255 to white."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
 
 
 def _require_sane_size(size: tuple[int, int], max_pixels: int) -> None:

@@ -118,12 +118,30 @@ def case(request: pytest.FixtureRequest) -> Case:
         pytest.skip("the small model is not trained yet: tests/models/train.py")
     checkpoint = Checkpoint.open(TINY)
     spec = spec_from_config(checkpoint.config)
-    return Case(checkpoint, spec, _samples(checkpoint, spec), trained=True)
+    return Case(checkpoint, spec, _real_samples(checkpoint, spec), trained=True)
 
 
 @pytest.fixture(scope="session")
 def calibration(case: Case) -> CalibrationResult:
     return calibrate(case.checkpoint, case.spec, case.samples)
+
+
+def _real_samples(checkpoint: Checkpoint, spec: ModelSpec) -> list[torch.Tensor]:
+    """Prompts and answers with their pictures, as calibration sees them: what the trained model is for."""
+    from nvlm_deploy.model.prompt import PromptBuilder
+    from nvlm_deploy.model.vision import vision_tower_from_checkpoint
+    from nvlm_deploy.sample_embeddings import SampleEmbedder
+    from nvlm_deploy.samples import read_samples
+
+    tower = vision_tower_from_checkpoint(checkpoint, spec)
+    embedder = SampleEmbedder(
+        PromptBuilder(checkpoint.folder / "tokenizer.json", spec),
+        spec.tiling,
+        lambda tiles: tower(torch.tensor(tiles)).numpy(),
+        checkpoint.tensor("language_model.model.embed_tokens.weight").float(),
+    )
+    samples = read_samples(Path(__file__).parents[1] / "models" / "calibration")
+    return [embedder.prompt_and_answer(sample) for sample in samples[::20]]
 
 
 def _samples(checkpoint: Checkpoint, spec: ModelSpec) -> list[torch.Tensor]:

@@ -192,14 +192,23 @@ def test_a_cancelled_request_ends_and_frees_its_slot(scheduler, engine) -> None:
     assert len(sink.ids) < 50
 
 
-def test_cancelling_by_id_ends_running_and_waiting_requests_of_that_id(scheduler, engine) -> None:
+def test_cancelling_by_id_ends_the_running_or_waiting_request_of_that_id(scheduler, engine) -> None:
     engine.gate.clear()
-    sinks = [submit(scheduler, 1, 90, request_id=f"{number % 2}") for number in range(8)]
-    scheduler.cancel("1")
+    sinks = [submit(scheduler, 1, 90, request_id=f"{number}") for number in range(8)]
+    for number in range(1, 8, 2):
+        scheduler.cancel(f"{number}")
     engine.gate.set()
     lengths = [len(sink.ids) for sink in sinks]
     assert all(length < 50 for length in lengths[1::2])
     assert all(length == 90 for length in lengths[::2])
+
+
+def test_cancelling_an_id_that_two_clients_use_ends_nobodys_answer(scheduler, engine) -> None:
+    engine.gate.clear()
+    sinks = [submit(scheduler, 1, 90, request_id="1") for _ in range(2)]
+    scheduler.cancel("1")
+    engine.gate.set()
+    assert [len(sink.ids) for sink in sinks] == [90, 90]
 
 
 def test_a_full_queue_is_refused(engine) -> None:

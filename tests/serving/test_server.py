@@ -255,9 +255,16 @@ def test_cancelling_the_decoders_stream_ends_the_generation(server) -> None:
     assert cancelled_in_log(server, "cancelled-directly")
 
 
-def test_a_stop_request_ends_the_ensembles_generation_of_that_id(server, caller, decoder_caller) -> None:
+@pytest.fixture(scope="module")
+def endless(caller) -> str:
+    """A question that the random model never stops answering by itself."""
+    questions = (f"count from {number}" for number in range(20))
+    return next(question for question in questions if caller.ask(question, max_tokens=480).output_tokens == 480)
+
+
+def test_a_stop_request_ends_the_ensembles_generation_of_that_id(server, caller, endless, decoder_caller) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(caller.ask, "hi", request_id="stopped-by-id", max_tokens=480)
+        running = pool.submit(caller.ask, endless, request_id="stopped-by-id", max_tokens=480)
         time.sleep(0.3)
         decoder_caller.send("stopped-by-id", stop=np.True_)
         answer = running.result(timeout=30)
@@ -265,14 +272,14 @@ def test_a_stop_request_ends_the_ensembles_generation_of_that_id(server, caller,
     assert 0 < answer.output_tokens < 480
 
 
-def test_a_client_that_goes_away_ends_the_generation(server, caller) -> None:
+def test_a_client_that_goes_away_ends_the_generation(server, caller, endless) -> None:
     """Triton tells the next step of the ensemble, and postprocessing tells the decoder."""
     from tritonclient import grpc
 
     responses: list = []
     with grpc.InferenceServerClient(server.grpc_url) as client:
         client.start_stream(lambda result, error: responses.append(error))
-        client.async_stream_infer("nvlm", caller.inputs("hi", max_tokens=480), request_id="gone-away")
+        client.async_stream_infer("nvlm", caller.inputs(endless, max_tokens=480), request_id="gone-away")
         while len(responses) < 2:
             time.sleep(0.01)
         client.stop_stream(cancel_requests=True)
@@ -384,3 +391,12 @@ def test_a_png_header_is_what_it_claims() -> None:
     from PIL import Image
 
     assert Image.open(io.BytesIO(png_header(30, 20))).size == (30, 20)
+
+
+def test_a_server_whose_stub_dies_is_noticed(repository) -> None:
+    """Triton itself goes on saying that it is ready."""
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+
+    with TritonServer(repository, ServerChoices(ports=Ports.free())) as server:
+        psutil.Process(server.process_id).children()[0].kill()
+        assert server.wait() == "one of its models' processes died"

@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,15 +142,27 @@ class TritonServer:
         if process is None:
             return
         self._process = None
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(self.choices.exit_timeout_s + 5)
-        kill_group(process)
-        remove_shared_memory(self._memory_name)
+        with interrupts_ignored():
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.choices.exit_timeout_s + 5)
+            kill_group(process)
+            remove_shared_memory(self._memory_name)
 
-    def wait(self) -> int:
-        """Block until the server ends by itself; its exit status."""
-        return self._process.wait() if self._process is not None else 0
+    def wait(self) -> str:
+        """Block until the server is no longer of use; says how it ended.
+
+        Triton neither restarts a python stub that died nor says that it is not ready any more.
+        """
+        import psutil
+
+        server = psutil.Process(self.process_id)
+        stubs = server.children()
+        while self._process is not None and self._process.poll() is None:
+            if any(not stub.is_running() or stub.status() == psutil.STATUS_ZOMBIE for stub in stubs):
+                return "one of its models' processes died"
+            time.sleep(0.5)
+        return "it ended by itself"
 
     def log_tail(self) -> str:
         """The last lines of the server's log that say something, without its tables."""
@@ -181,6 +195,20 @@ class TritonServer:
                 waited = f"{self.choices.ready_timeout_s:g} s"
                 raise MachineError(f"tritonserver was not ready after {waited}; its log ends:\n{self.log_tail()}")
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """A second Ctrl-C while stopping would leave what the first one is about to clear away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def plain_path(repository: Path, scratch: Path) -> Path:

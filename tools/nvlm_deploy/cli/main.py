@@ -41,7 +41,8 @@ def _options(verbose: bool = typer.Option(False, "--verbose", "-v", help="Log wh
 def run(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the answer is no, 2 wrong input, 3 tool or machine failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     sys.exit(_exit_code(arguments))
 
 
@@ -58,7 +59,7 @@ def _exit_code(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; nothing is left half-written", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # typer turns a closed pipe into SystemExit
         return _quiet_broken_pipe()
     except OSError as problem:
         place = f"{problem.filename}: " if problem.filename else ""

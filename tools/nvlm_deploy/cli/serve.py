@@ -41,5 +41,4 @@ def serve(
     with TritonServer(repository, ServerChoices(ports, ready_timeout_s, log_file=log_file)) as server:
         ready = {"grpc": server.grpc_url, "http": f"{host}:{http_port}", "process_id": server.process_id}
         print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)
-        status = server.wait()
-        raise MachineError(f"tritonserver ended by itself with status {status}; its log ends:\n{server.log_tail()}")
+        raise MachineError(f"tritonserver was stopped: {server.wait()}; its log ends:\n{server.log_tail()}")

@@ -8,12 +8,12 @@ from nvlm_deploy.errors import MachineError, NvlmError
 
 # Statuses by name, so that grpc is not needed to judge one.
 _WRONG_INPUT = ("INVALID_ARGUMENT", "OUT_OF_RANGE")
-_WRAPPING = re.compile(r"^in ensemble '[^']*', ")
+_WRAPPING = re.compile(r"^(\[request id: [^\]]*\] )?(in ensemble '[^']*', )?")
 _CODE = re.compile(r"^([A-Z_]{5,}): ")
 # What gRPC itself says when there is no connection, or no longer one.
 _CONNECTION = re.compile(r"connect|resolv|socket|GOAWAY|broken pipe|end of tcp stream", re.IGNORECASE)
 # Triton's own texts for what is not the request's fault; those of our models begin with a code.
-_FAULT = re.compile(r"^failed to |stub process|queue size|shutting down|exiting", re.IGNORECASE)
+_FAULT = re.compile(r"^failed to |stub process|queue size|shutting down|exiting|stopp(ing|ed accepting)", re.IGNORECASE)
 
 
 def error_from_text(url: str, text: str) -> NvlmError:

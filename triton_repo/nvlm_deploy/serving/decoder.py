@@ -83,7 +83,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 if _is_set(request, tensors.STOP):
-                    self.scheduler.cancel(str(request.request_id()))
+                    self.scheduler.cancel(id_to_stop(request))
                     send_last(sender, empty_response())
                     continue
                 generation = self._generation(request)
@@ -101,7 +101,7 @@ class TritonPythonModel:
     def _generation(self, request: Any) -> Generation:
         refuse_unsupported(request)
         prompt = self._prompt(request)
-        max_tokens = int(backend.scalar(request, tensors.REQUEST_OUTPUT_LEN))
+        max_tokens = required(request, tensors.REQUEST_OUTPUT_LEN)
         require_fits(len(prompt), max_tokens, self.max_seq_len)
         end_id = backend.scalar(request, tensors.END_ID)
         return Generation(
@@ -117,7 +117,7 @@ class TritonPythonModel:
 
     def _prompt(self, request: Any) -> tuple[int, ...]:
         ids = backend.array(request, tensors.INPUT_IDS)
-        length = int(backend.scalar(request, tensors.INPUT_LENGTHS))
+        length = required(request, tensors.INPUT_LENGTHS)
         if ids is None or not 0 < length <= ids.size:
             raise NvlmError(f"input_lengths is {length}, input_ids has {0 if ids is None else ids.size} ids")
         prompt: list[int] = ids.reshape(-1)[:length].tolist()
@@ -144,6 +144,22 @@ class TritonPythonModel:
         if any(not 0 <= token < self.vocab_size for word in words for token in word):
             raise NvlmError(f"bad_words_list holds ids outside the vocabulary of {self.vocab_size}")
         return words
+
+
+def required(request: Any, spec: tensors.TensorSpec) -> int:
+    """The one number of an input that must be there."""
+    value = backend.scalar(request, spec)
+    if value is None:
+        raise NvlmError(f"input {spec.name} is missing")
+    return int(value)
+
+
+def id_to_stop(request: Any) -> str:
+    """Whose generation a `stop` request ends; NvlmError without an id, which would be every anonymous request's."""
+    request_id = str(request.request_id())
+    if not request_id:
+        raise NvlmError("stop without a request id", hint="set the id of the request that is to end")
+    return request_id
 
 
 class ResponseSink:

@@ -179,11 +179,14 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End every request of this id at the next step; none is fine."""
+        """End the request of this id at the next step; none is fine.
+
+        When several clients use one id nobody can tell whose request is meant: all go on to their own end.
+        """
         with self._changed:
-            for sequence in (*self._running, *self._waiting):
-                if sequence.generation.request_id == request_id:
-                    sequence.is_stopped = True
+            meant = [s for s in (*self._running, *self._waiting) if s.generation.request_id == request_id]
+            if len(meant) == 1:
+                meant[0].is_stopped = True
 
     @property
     def free_slots(self) -> int:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import sha256_of_json
+from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
@@ -160,6 +160,7 @@ class Recipe:
 
     def _assemble(self) -> Step:
         inputs = {"vision": self.vision_folder, "decoder": self.decoder_folder, TOKENIZER_NAME: self.tokenizer}
+        self._require_one_checkpoint()
 
         def make(folder: Path) -> Mapping[str, Any]:
             from nvlm_deploy.triton.repository import RepositorySources, write_repository
@@ -169,6 +170,20 @@ class Recipe:
             return {}
 
         return Step("assemble", self.repository, inputs, self._assembly_settings(), make, ("tritonclient",))
+
+    def _require_one_checkpoint(self) -> None:
+        """Steps run one by one could join one model's encoder to another's decoder."""
+        folders = (self.vision_folder, self.decoder_folder)
+        if not all((folder / MANIFEST_NAME).is_file() for folder in folders):
+            return
+        vision, decoder = (read_manifest(folder).inputs for folder in folders)
+        for name in self._checkpoint_inputs():
+            if vision.get(name) != decoder.get(name):
+                raise NvlmError(
+                    f"{self.vision_folder} and {self.decoder_folder} were made from different checkpoints: "
+                    f"{name} differs",
+                    hint="`nvlm build` makes both from one",
+                )
 
     def _assembly_settings(self) -> dict[str, Any]:
         """Assembling is cheap, so whatever its code would write differently counts as another choice."""

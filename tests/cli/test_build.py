@@ -192,3 +192,18 @@ def test_a_profile_that_cannot_work_is_refused_before_the_first_step(
 def test_forcing_plans_every_step(command: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(*command, "--dry-run", "--force") == 0
     assert capsys.readouterr().out.count("to build") == 3
+
+
+@pytest.mark.slow
+def test_the_encoder_of_one_checkpoint_is_not_joined_to_the_decoder_of_another(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config + "\n")
+    options = ("--profile", "cpu-bf16", "--workspace", tmp_path / "work")
+    assert exit_code_of("export-vision", tiny_folder, *options) == 0
+    assert exit_code_of("quantize-llm", other, *options) == 0
+    assert exit_code_of("assemble", other, *options) == 2
+    assert "different checkpoints: config.json" in " ".join(capsys.readouterr().err.split())

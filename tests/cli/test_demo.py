@@ -1,4 +1,4 @@
-"""`nvlm demo` as a user types it; the whole run is tests/bench/bench_demo.py and the README's own test."""
+"""The parts of `nvlm demo` that need no server; the whole run is tests/bench/bench_demo.py."""
 
 from __future__ import annotations
 

@@ -48,6 +48,13 @@ def test_other_colour_modes_become_rgb(mode):
     assert open_image(encoded("PNG", mode=mode)).mode == "RGB"
 
 
+@pytest.mark.parametrize(("format_name", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGBA")])
+def test_the_pixels_are_those_of_pillows_own_conversion(format_name, mode):
+    file = encoded(format_name, mode=mode)
+    own = Image.open(io.BytesIO(file)).convert("RGB")
+    assert np.array_equal(np.asarray(open_image(file)), np.asarray(own))
+
+
 def test_exif_rotation_is_not_applied_as_in_the_reference():
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to display

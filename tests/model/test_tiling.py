@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model import image_tiler
+from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.model.tiling import candidate_grids, choose_grid, tile_count, tiles_from_image
 
@@ -82,27 +95,27 @@ def test_an_exact_tie_of_ratios_goes_to_more_tiles_above_half_their_area(ratio, 
     assert choose_grid(ratio[0] * (factor + 1), ratio[1] * (factor + 1), RELEASED) == above
 
 
-def _transformers_count(width: int, height: int, tiling: TilingSpec) -> int:
+def _transformers_count(width: int, height: int, spec: TilingSpec) -> int:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    size = {"height": tiling.tile_size, "width": tiling.tile_size}
-    choice = {"min_patches": tiling.min_tiles, "max_patches": tiling.max_tiles, "patch_size": size}
+    size = {"height": spec.tile_size, "width": spec.tile_size}
+    choice = {"min_patches": spec.min_tiles, "max_patches": spec.max_tiles, "patch_size": size}
     return GotOcr2ImageProcessorPil().get_number_of_image_patches(height, width, {**choice, "crop_to_patches": True})
 
 
-@pytest.mark.parametrize("tiling", [RELEASED, SMALL], ids=["released", "small"])
-def test_tile_counts_equal_transformers_got_ocr2_over_random_sizes(tiling):
+@pytest.mark.parametrize("spec", [RELEASED, SMALL], ids=["released", "small"])
+def test_tile_counts_equal_transformers_got_ocr2_over_random_sizes(spec):
     random = np.random.default_rng(0)
-    sizes = np.exp(random.uniform(0, np.log(8 * tiling.tile_size), (1500, 2))).astype(int) + 1
-    squares = random.integers(1, 3 * tiling.tile_size, 200)
+    sizes = np.exp(random.uniform(0, np.log(8 * spec.tile_size), (1500, 2))).astype(int) + 1
+    squares = random.integers(1, 3 * spec.tile_size, 200)
     for width, height in [*sizes.tolist(), *((side, side) for side in squares.tolist())]:
-        assert tile_count(width, height, tiling) == _transformers_count(width, height, tiling), (width, height)
+        assert tile_count(width, height, spec) == _transformers_count(width, height, spec), (width, height)
 
 
 @pytest.mark.parametrize(("size", "tiles"), [((20, 20), 1), ((60, 60), 10)])
 def test_the_counts_that_transformers_tests_itself_with(size, tiles):
-    tiling = TilingSpec(tile_size=20, min_tiles=1, max_tiles=12, use_thumbnail=True, tokens_per_tile=1)
-    assert tile_count(*size, tiling) == tiles
+    spec = TilingSpec(tile_size=20, min_tiles=1, max_tiles=12, use_thumbnail=True, tokens_per_tile=1)
+    assert tile_count(*size, spec) == tiles
 
 
 def test_trap_8_six_tiles_and_a_thumbnail_are_the_most_not_twelve(tiny_spec):
@@ -165,3 +178,152 @@ def test_a_single_tile_gets_no_thumbnail():
 def test_a_wide_image_gets_more_columns_than_rows():
     grid = choose_grid(1344, 448, RELEASED)
     assert (grid.columns, grid.rows, grid.tiles) == (3, 1, 3)
+
+
+def _file(width: int, height: int, mode: str = "RGB", format_name: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    _picture(width, height, mode).save(file, format_name)
+    return file.getvalue()
+
+
+def _reference_tiles_of_file(encoded: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(encoded))
+    return _reference_tiles(image, *choose_grid(*image.size, SMALL), SMALL.tile_size)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 8], ids=lambda threads: f"{threads} threads")
+def tiler(request) -> Iterator[ImageTiler]:
+    made = ImageTiler(SMALL, threads=request.param, max_pixels=200_000)
+    yield made
+    made.close()
+
+
+SIDES = st.integers(1, 400)
+FILES = st.one_of(
+    st.builds(_file, SIDES, SIDES, st.sampled_from(["RGB", "L", "P", "RGBA", "LA", "1"])),
+    st.builds(_file, SIDES, SIDES, st.sampled_from(["RGB", "L", "CMYK"]), st.just("JPEG")),
+    st.builds(_file, SIDES, SIDES, st.sampled_from(["RGB", "RGBA"]), st.just("WEBP")),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(images=st.lists(FILES, max_size=5))
+def test_a_request_of_any_files_is_tiled_bit_for_bit_in_its_order_on_any_number_of_threads(tiler, images):
+    tiles, counts = tiler.tiles(images)
+    expected = [_reference_tiles_of_file(encoded) for encoded in images]
+    assert counts == [len(part) for part in expected]
+    assert np.array_equal(tiles, np.concatenate([np.empty((0, 56, 56, 3), np.uint8), *expected]))
+
+
+def test_no_images_are_no_tiles(tiler):
+    tiles, counts = tiler.tiles([])
+    assert (tiles.shape, tiles.dtype, counts) == ((0, 56, 56, 3), np.uint8, [])
+
+
+DAMAGED = _file(300, 200)[:-4000]
+BAD_HEADER = b"nonsense"
+TOO_LARGE = _file(500, 401)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([DAMAGED, BAD_HEADER], "image 1 of 2: the image is damaged or truncated"),
+        ([BAD_HEADER, DAMAGED], "image 1 of 2: not an image"),
+        ([_file(9, 9), TOO_LARGE, DAMAGED], "image 2 of 3: the image has 500 x 401 pixels"),
+        ([_file(300, 300)] * 7 + [DAMAGED, BAD_HEADER], "image 8 of 9: the image is damaged"),
+        ([b""], "image 1 of 1: the image is empty"),
+    ],
+    ids=["damaged first", "no image first", "too large first", "the eighth", "no bytes"],
+)
+def test_the_first_bad_image_is_named_however_it_is_bad(tiler, images, words):
+    for _ in range(10):
+        with pytest.raises(NvlmError, match=words):
+            tiler.tiles(images)
+
+
+def test_the_hint_of_an_image_is_kept(tiler):
+    with pytest.raises(NvlmError) as failure:
+        tiler.tiles([TOO_LARGE])
+    assert "scale it down" in (failure.value.hint or "")
+
+
+def test_after_an_error_the_next_request_is_served_as_if_nothing_had_been(tiler):
+    good = [_file(200, 90), _file(90, 200)]
+    before, _ = tiler.tiles(good)
+    with pytest.raises(NvlmError):
+        tiler.tiles([*good, DAMAGED, *good])
+    assert np.array_equal(tiler.tiles(good)[0], before)
+
+
+class Watched:
+    """Counts how many images are open in threads at once."""
+
+    def __init__(self, monkeypatch, *, wait_for: int) -> None:
+        self.open_image, self.write_tiles = image_tiler.open_image, image_tiler.write_tiles
+        self.lock = threading.Lock()
+        self.meeting = threading.Barrier(wait_for)
+        self.held = self.most = 0
+        monkeypatch.setattr(image_tiler, "open_image", self.opened)
+        monkeypatch.setattr(image_tiler, "write_tiles", self.written)
+
+    def opened(self, encoded: bytes, *, max_pixels: int) -> Image.Image:
+        with self.lock:
+            self.held += 1
+            self.most = max(self.most, self.held)
+        self.meeting.wait(timeout=30)
+        return self.open_image(encoded, max_pixels=max_pixels)
+
+    def written(self, *arguments) -> None:
+        self.write_tiles(*arguments)
+        with self.lock:
+            self.held -= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_as_many_images_are_decoded_at_once_as_there_are_threads_and_never_more(monkeypatch, threads):
+    watched = Watched(monkeypatch, wait_for=threads)
+    tiler = ImageTiler(SMALL, threads=threads)
+    tiler.tiles([_file(60, 40)] * 3 * threads)
+    tiler.close()
+    assert (watched.most, watched.held) == (threads, 0)
+
+
+def test_nothing_runs_any_more_when_the_error_is_raised(monkeypatch):
+    watched = Watched(monkeypatch, wait_for=1)
+    tiler = ImageTiler(SMALL, threads=4)
+    with pytest.raises(NvlmError, match="image 1 of 40"):
+        tiler.tiles([DAMAGED] + [_file(300, 300)] * 39)
+    left = watched.held
+    tiler.close()
+    assert left == watched.held == 1  # the damaged one, which was never written
+
+
+def test_opening_images_in_threads_leaves_the_process_warnings_as_they_were(monkeypatch):
+    really_open = Image.open
+
+    def open_slowly(*arguments, **options) -> Image.Image:
+        time.sleep(0.001)  # other threads come in between
+        return really_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    before = list(warnings.filters)
+    tiler = ImageTiler(SMALL, threads=8)
+    tiler.tiles([_file(5, 5)] * 32)
+    tiler.close()
+    assert list(warnings.filters) == before
+
+
+def test_a_tiler_that_was_never_closed_does_not_keep_the_process():
+    code = (
+        "from nvlm_deploy.model.image_tiler import ImageTiler, TilingSpec\n"
+        "spec = TilingSpec(tile_size=56, min_tiles=1, max_tiles=6, use_thumbnail=True, tokens_per_tile=4)\n"
+        "tiler = ImageTiler(spec, threads=4)\n"
+        "tiler._run([int] * 8)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(NvlmError, match="0 threads to prepare images"):
+        ImageTiler(SMALL, threads=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,25 @@ def test_extra_ids_name_the_pixels_and_the_encoder(preparer, tokenizer_file, tin
     assert (extra(1) == extra(1)).all()
     assert (extra(1) != extra(2)).all()
     assert (extra(1) != extra(1, digest="another encoder")).all()
+
+
+def test_an_extra_id_is_the_first_8_bytes_of_the_digest_of_encoder_and_pixels(preparer, picture, tiny_spec) -> None:
+    made = preparer.prepared(Ask(b"What?", (picture(112, 56),)))
+    digests = [hashlib.sha256(b"encoder" + tile.tobytes()).digest()[:8] for tile in made["tiles"]]
+    keys = [int.from_bytes(digest, "little") for digest in digests]
+    extra = made["prompt_table_extra_ids"][0]
+    assert extra[extra > 0].tolist() == np.repeat(np.array(keys, np.uint64), tiny_spec.tiling.tokens_per_tile).tolist()
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_more_threads_make_the_same_tensors(preparer, tokenizer_file, tiny_spec, picture, threads) -> None:
+    ask = Ask(b"What?", (picture(56, 56), picture(99, 33), picture(20, 80)), sampling=Sampling(seed=1))
+    prompts = PromptBuilder(tokenizer_file, tiny_spec)
+    other = RequestPreparer(prompts, tiny_spec, LIMITS, vision_digest="encoder", threads=threads)
+    made, expected = other.prepared(ask), preparer.prepared(ask)
+    other.close()
+    assert made.keys() == expected.keys()
+    assert all(np.array_equal(made[name], expected[name]) for name in made)
 
 
 def test_silence_about_sampling_is_greedy(preparer) -> None:

@@ -62,6 +62,13 @@ def test_the_order_of_the_pieces_is_kept(configs) -> None:
     assert (configs[POSTPROCESSING].instances, configs[POSTPROCESSING].batching) == (1, None)
 
 
+def test_preprocessing_has_threads_of_its_own_number(tiny_spec) -> None:
+    choices = ServingChoices(threads=1, preprocessing_threads=6)
+    configs = {config.name: config for config in ensemble_configs(tiny_spec, choices, vision_digest="0" * 64)}
+    assert dict(configs[PREPROCESSING].parameters)["threads"] == "6"
+    assert dict(configs[VISION].parameters)["threads"] == "1"
+
+
 def test_no_parameter_holds_a_path(configs) -> None:
     assert not [value for config in configs.values() for _, value in config.parameters if "/" in value]
 

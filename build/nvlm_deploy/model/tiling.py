@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,9 +16,12 @@ from nvlm_deploy.model.spec import TilingSpec
 if TYPE_CHECKING:
     from PIL import Image
 
-# 89 megapixels is Pillow's own warning level: a 300 MB bitmap. A decoded image costs 3 bytes per pixel.
+# 89 megapixels is Pillow's own warning level: a 360 MB bitmap, as Pillow holds an RGB pixel in 4 bytes.
 MAX_PIXELS = 89_000_000
 READABLE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+# warnings.catch_warnings changes the whole process and may not overlap itself
+_warnings_lock = threading.Lock()
 
 
 class Grid(NamedTuple):
@@ -37,12 +41,21 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises NvlmError for bytes that are no such file, a truncated file, or more than `max_pixels` pixels. The size is
     judged from the header, before any pixel is decoded.
     """
+    image = opened(encoded, max_pixels)
+    try:
+        return _decoded(image)
+    except Exception as problem:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
+        raise NvlmError(f"the image is damaged or truncated: {problem}") from problem
+
+
+def opened(encoded: bytes, max_pixels: int) -> Image.Image:
+    """An image whose header alone is read and judged."""
     from PIL import Image, UnidentifiedImageError
 
     if not encoded:
         raise NvlmError("the image is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
+        with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=READABLE_FORMATS)
     except UnidentifiedImageError:
@@ -52,10 +65,14 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as problem:
         raise NvlmError(f"the image cannot be opened: {problem}") from problem
     _require_sane_size(image.size, max_pixels)
-    try:
-        return _eight_bits(image).convert("RGB")
-    except Exception as problem:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
-        raise NvlmError(f"the image is damaged or truncated: {problem}") from problem
+    return image
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "RGB":  # converting it would copy it: 49 MB for 12 megapixels
+        return image
+    return _eight_bits(image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -113,15 +130,39 @@ def tiles_from_image(image: Image.Image, tiling: TilingSpec) -> npt.NDArray[np.u
 
     Resizing is Pillow's antialiased bicubic without keeping the aspect ratio; normalisation is the engine's work.
     """
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    tiles = room_for(tile_count(*rgb.size, tiling), tiling)
+    write_tiles(rgb, tiling, tiles)
+    return tiles
+
+
+def room_for(tiles: int, tiling: TilingSpec) -> npt.NDArray[np.uint8]:
+    """uint8 [tiles, tile_size, tile_size, 3], to be written."""
+    return np.empty((tiles, tiling.tile_size, tiling.tile_size, 3), dtype=np.uint8)
+
+
+def write_tiles(rgb: Image.Image, tiling: TilingSpec, tiles: npt.NDArray[np.uint8]) -> None:
+    """As `tiles_from_image`, into room that is there."""
+    write_grid(rgb, tiling, tiles)
+    write_thumbnail(rgb, tiling, tiles)
+
+
+def write_grid(rgb: Image.Image, tiling: TilingSpec, tiles: npt.NDArray[np.uint8]) -> None:
+    """All but the thumbnail, into the first of `tiles`."""
     from PIL import Image
 
-    size = tiling.tile_size
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    grid = choose_grid(*rgb.size, tiling)
+    size, grid = tiling.tile_size, choose_grid(*rgb.size, tiling)
     resized = rgb.resize((size * grid.columns, size * grid.rows), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized).reshape(grid.rows, size, grid.columns, size, 3)
-    tiles = pixels.transpose(0, 2, 1, 3, 4).reshape(grid.tiles, size, size, 3)
-    if not (tiling.use_thumbnail and grid.tiles > 1):
-        return np.ascontiguousarray(tiles)
-    thumbnail = np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC))
-    return np.concatenate([tiles, thumbnail[None]])
+    for index in range(grid.tiles):
+        row, column = divmod(index, grid.columns)
+        left, top = column * size, row * size
+        # tile by tile: one array of the whole grid took 5 times as long, its 4 MB being new memory at every call
+        tiles[index] = np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def write_thumbnail(rgb: Image.Image, tiling: TilingSpec, tiles: npt.NDArray[np.uint8]) -> None:
+    """The whole image into the last of `tiles`, if it has a thumbnail: also from the full image, for the same bits."""
+    from PIL import Image
+
+    if len(tiles) > choose_grid(*rgb.size, tiling).tiles:
+        tiles[-1] = np.asarray(rgb.resize((tiling.tile_size, tiling.tile_size), Image.Resampling.BICUBIC))

@@ -39,6 +39,7 @@ class ServingChoices:
     kv_cache_dtype: str = "float32"
     threads: int = 1
     preprocessing_instances: int = 1
+    preprocessing_threads: int = 2
 
 
 def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest: str) -> tuple[ModelConfig, ...]:
@@ -62,6 +63,7 @@ def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str)
         "max_pixels": choices.max_pixels,
         "prompt_wrapper": choices.prompt_wrapper,
         "vision_digest": vision_digest,
+        "threads": choices.preprocessing_threads,
     }
     outputs = (_tiles(spec), *tensors.PREPARED_FOR_DECODER)
     config = _python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters)

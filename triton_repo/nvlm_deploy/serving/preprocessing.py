@@ -27,12 +27,18 @@ class TritonPythonModel:
             default_max_tokens=settings.integer("default_max_tokens"),
             max_pixels=settings.integer("max_pixels"),
         )
-        self.preparer = RequestPreparer(prompts, spec, limits, vision_digest=settings.text("vision_digest"))
+        self.preparer = RequestPreparer(
+            prompts, spec, limits, vision_digest=settings.text("vision_digest"), threads=settings.integer("threads")
+        )
         self.preparer.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response per request; a failing one fails alone."""
         return [self._response(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Triton unloads the model."""
+        self.preparer.close()
 
     def _response(self, request: Any) -> Any:
         try:

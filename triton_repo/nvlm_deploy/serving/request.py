@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import IMAGE_PLACEHOLDER, PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.model.tiling import open_image, tiles_from_image
+from nvlm_deploy.model.tiling import tiles_from_image
 from nvlm_deploy.serving.word_list import Word, packed_words
 
 # TensorRT-LLM's kernels hold no more candidates than this
@@ -80,12 +81,22 @@ class Limits:
 class RequestPreparer:
     """Makes the decoder's inputs from a question."""
 
-    def __init__(self, prompts: PromptBuilder, spec: ModelSpec, limits: Limits, *, vision_digest: str) -> None:
-        """`vision_digest` names the encoder: the same pixels through another encoder are another prefix."""
+    def __init__(
+        self, prompts: PromptBuilder, spec: ModelSpec, limits: Limits, *, vision_digest: str, threads: int = 1
+    ) -> None:
+        """`vision_digest` names the encoder: the same pixels through another encoder are another prefix.
+
+        `threads` read the images of a request; they cost memory for as many decoded images.
+        """
         self.prompts = prompts
         self.spec = spec
         self.limits = limits
         self.vision_digest = vision_digest
+        self.tiler = ImageTiler(spec.tiling, threads=threads, max_pixels=limits.max_pixels)
+
+    def close(self) -> None:
+        """End its threads."""
+        self.tiler.close()
 
     def warm_up(self) -> None:
         """Load what is loaded at first use: Pillow's readers and the tokenizer's tables."""
@@ -100,16 +111,16 @@ class RequestPreparer:
         sampling = ask.sampling.checked()
         question = self._question(ask)
         stop_words = self._stop_words(ask.stop_words)
-        images = self._tiles(ask.images)
-        ids = self.prompts.prompt_table_ids(question, [len(tiles) for tiles in images])
+        tiles, counts = self.tiler.tiles(ask.images)
+        ids = self.prompts.prompt_table_ids(question, counts)
         max_tokens = self._max_tokens(ask.max_tokens, len(ids))
         return {
-            tensors.TILES.name: self._all_tiles(images),
+            tensors.TILES.name: tiles,
             **_decoder_tensors(ids, max_tokens, packed_words(stop_words), stream=ask.stream),
             tensors.END_ID.name: _one(self.spec.prompt.eos_token_id, np.int32),
             tensors.PAD_ID.name: _one(self.spec.prompt.bos_token_id, np.int32),
             **_sampling_tensors(sampling),
-            tensors.PROMPT_TABLE_EXTRA_IDS.name: self._extra_ids(ids, images),
+            tensors.PROMPT_TABLE_EXTRA_IDS.name: self._extra_ids(ids, tiles),
         }
 
     def _question(self, ask: Ask) -> str:
@@ -124,21 +135,6 @@ class RequestPreparer:
         if ask.max_tokens is not None and ask.max_tokens < 1:
             raise NvlmError(f"max_tokens is {ask.max_tokens}, expected at least 1")
         return question
-
-    def _tiles(self, images: Sequence[bytes]) -> list[NDArray[Any]]:
-        tiles = []
-        for number, encoded in enumerate(images, start=1):
-            try:
-                image = open_image(encoded, max_pixels=self.limits.max_pixels)
-            except NvlmError as problem:
-                message = f"image {number} of {len(images)}: {problem.message}"
-                raise NvlmError(message, hint=problem.hint) from problem
-            tiles.append(tiles_from_image(image, self.spec.tiling))
-        return tiles
-
-    def _all_tiles(self, images: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        size = self.spec.tiling.tile_size
-        return np.concatenate([np.empty((0, size, size, 3), dtype=np.uint8), *images])
 
     def _max_tokens(self, asked: int | None, prompt_tokens: int) -> int:
         left = self.limits.max_seq_len - prompt_tokens
@@ -166,22 +162,23 @@ class RequestPreparer:
         encode = self.prompts.tokenizer.encode
         return list(dict.fromkeys(tuple(encode(form, add_special_tokens=False).ids) for form in forms))
 
-    def _extra_ids(self, ids: Sequence[int], images: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    def _extra_ids(self, ids: Sequence[int], tiles: NDArray[np.uint8]) -> NDArray[Any]:
         """uint64 [1, tokens]: at visual positions an id of the tile's content, 0 elsewhere.
 
         KV blocks are shared by token ids, and all images have the same visual ids; without these two images with one
         prefix would share one cache entry (contract C.2, pain 12).
         """
         extra = np.zeros((1, len(ids)), dtype=np.uint64)
-        keys = [self._tile_key(tile) for tiles in images for tile in tiles]
+        keys = [self._tile_key(tile) for tile in tiles]
         positions = np.flatnonzero(np.array(ids) >= self.spec.decoder.vocab_size)
         extra[0, positions] = np.repeat(np.array(keys, dtype=np.uint64), self.spec.tiling.tokens_per_tile)
         return extra
 
-    def _tile_key(self, tile: NDArray[Any]) -> int:
+    def _tile_key(self, tile: NDArray[np.uint8]) -> int:
         """A 64-bit id >= 1 of the pixels and the encoder."""
-        digest = hashlib.sha256(self.vision_digest.encode() + tile.tobytes()).digest()
-        return int.from_bytes(digest[:8], "little") or 1
+        content = hashlib.sha256(self.vision_digest.encode())
+        content.update(tile.data)  # as it lies: a copy would take longer than the hash
+        return int.from_bytes(content.digest()[:8], "little") or 1
 
 
 def _forms(word: bytes) -> tuple[str, str]:

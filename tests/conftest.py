@@ -77,12 +77,12 @@ def random_checkpoint(make_checkpoint):
 
 @pytest.fixture(scope="session")
 def exported_vision(random_checkpoint, tmp_path_factory) -> Path:
-    """vision.onnx of `random_checkpoint`. Do not write to it."""
+    """vision.onnx of `random_checkpoint` in float32. Do not write to it."""
     from nvlm_deploy.model.spec import spec_from_checkpoint
     from nvlm_deploy.vision.export import onnx_from_checkpoint
 
     folder = tmp_path_factory.mktemp("exported") / "vision"
-    return onnx_from_checkpoint(random_checkpoint, spec_from_checkpoint(random_checkpoint), folder)
+    return onnx_from_checkpoint(random_checkpoint, spec_from_checkpoint(random_checkpoint), folder, precision="fp32")
 
 
 @pytest.fixture(scope="session")

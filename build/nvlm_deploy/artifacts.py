@@ -23,6 +23,8 @@ EVIDENCE_LEVELS = ("measured", "contract-checked", "published", "derived", "not 
 LICENCE_NOTE = "derived from the named checkpoint; NVLM-D-72B weights are CC-BY-NC-4.0 (non-commercial)"
 _PARTIAL = ".partial-"
 _REPLACED = "old-"
+_BEGUN = "begun-"
+_IDENTITY_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,45 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            old = _partial(folder, _REPLACED)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            _swap(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what killed runs left beside `folder`; a swap cut in the middle is put back."""
+@contextlib.contextmanager
+def resumable_folder(folder: Path, identity: str) -> Iterator[Path]:
+    """As `replace_folder`, but what a killed run, or one that ran out of disk, wrote is kept for the next run.
+
+    The folder to fill then holds files already. Only a run of the same `identity` (hex digits) goes on with them, any
+    other begins anew, as does one after wrong input.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_partial(folder, keep=identity)
+    begun = folder.with_name(f"{_PARTIAL}{_BEGUN}{identity[:_IDENTITY_DIGITS]}-{folder.name}")
+    with _disk_errors(folder):
+        begun.mkdir(exist_ok=True)
+        try:
+            yield begun
+        except NvlmError as problem:
+            if not isinstance(problem, MachineError):
+                shutil.rmtree(begun, ignore_errors=True)
+            raise
+        _swap(begun, folder)
+
+
+def _swap(finished: Path, folder: Path) -> None:
+    old = _partial(folder, _REPLACED)
+    if folder.exists():
+        folder.rename(old)
+    finished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_partial(folder: Path, *, keep: str | None = None) -> None:
+    """Remove what killed runs left beside `folder`; a swap cut in the middle is put back.
+
+    What a `resumable_folder` of the identity `keep` left stays.
+    """
     # digits before the name, or `cpu` would claim the leftovers of `cpu-bf16`; a swap inside a swap repeats the prefix
     name = re.escape(folder.name)
     ours = re.compile(f"({re.escape(_PARTIAL)}({_REPLACED})?[0-9]+-)+{name}")
@@ -146,6 +176,11 @@ def clear_partial(folder: Path) -> None:
         if replaced.fullmatch(leftover.name) and not folder.exists():
             leftover.rename(folder)
         else:
+            shutil.rmtree(leftover, ignore_errors=True)
+    kept = f"{_PARTIAL}{_BEGUN}{keep[:_IDENTITY_DIGITS] if keep else ''}-{folder.name}"
+    begun = re.compile(f"{re.escape(_PARTIAL)}{_BEGUN}[0-9a-f]{{{_IDENTITY_DIGITS}}}-{name}")
+    for leftover in [path for path in folder.parent.glob(f"{_PARTIAL}{_BEGUN}*") if begun.fullmatch(path.name)]:
+        if leftover.name != kept:
             shutil.rmtree(leftover, ignore_errors=True)
 
 

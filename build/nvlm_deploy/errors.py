@@ -17,6 +17,12 @@ class NvlmError(Exception):
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
 
 
+class RejectedError(NvlmError):
+    """It ran, and the answer is no: a candidate fails its gate."""
+
+    exit_code = 1
+
+
 class MachineError(NvlmError):
     """A tool or the machine failed, although the input may be right: full disk, port in use, a dead server."""
 

@@ -14,7 +14,7 @@ from nvlm_deploy.model.vision import (
     pixel_shuffle,
     vision_tower_from_checkpoint,
 )
-from nvlm_deploy.vision.heads import pruned, without_dummy_heads
+from nvlm_deploy.vision.heads import pruned, real_chunks
 
 NAMES = {
     "embeddings.class_embedding": "embeddings.cls_token",
@@ -51,7 +51,7 @@ def pruned_tower(random_checkpoint, spec):
     tower = VisionTower(pruned(spec.vision), spec.projector).requires_grad_(False)
     names = tower.state_dict()
     tower.load_state_dict(
-        {name: without_dummy_heads(name, random_checkpoint.tensor(name), spec.vision).float() for name in names}
+        {name: torch.cat(list(real_chunks(random_checkpoint, name, spec.vision))).float() for name in names}
     )
     return tower
 

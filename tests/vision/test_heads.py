@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.writer import write_shards
 from nvlm_deploy.model.spec import VisionSpec, spec_from_checkpoint
-from nvlm_deploy.vision.heads import nonzero_dummy_tensors, pruned, split_heads, without_dummy_heads
+from nvlm_deploy.vision.heads import nonzero_dummy_tensors, pruned, real_chunks
 
 RELEASED = VisionSpec(
     hidden_size=3200,
@@ -22,37 +23,55 @@ RELEASED = VisionSpec(
 BLOCK = "vision_model.encoder.layers.0.attn."
 
 
-def test_exactly_the_rows_of_the_facts_are_kept_of_qkv():
-    rows = torch.arange(12288)[:, None]
-    kept, dropped = split_heads(f"{BLOCK}qkv.weight", rows, RELEASED)
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """One block's tensors of the released shapes that number their own rows or columns (small in the other axis)."""
+    folder = tmp_path_factory.mktemp("numbered")
+    tensors = {
+        f"{BLOCK}qkv.weight": torch.arange(12288.0)[:, None],
+        f"{BLOCK}q_norm.weight": torch.arange(4096.0),
+        f"{BLOCK}k_norm.weight": torch.arange(4096.0),
+        f"{BLOCK}proj.weight": torch.arange(4096.0).repeat(3, 1),
+        f"{BLOCK}proj.bias": torch.arange(5.0),
+        "mlp1.1.weight": torch.arange(4096.0),
+    }
+    write_shards(folder, tensors.items(), max_shard_bytes=10**9)
+    (folder / "config.json").write_text("{}")
+    return Checkpoint.open(folder)
+
+
+def kept_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return torch.cat(list(real_chunks(checkpoint, name, RELEASED)))
+
+
+def test_exactly_the_rows_of_the_facts_are_kept_of_qkv(numbered):
+    kept = kept_of(numbered, f"{BLOCK}qkv.weight")
     assert kept.flatten().tolist() == [*range(3200), *range(4096, 7296), *range(8192, 11392)]
-    assert sorted(kept.flatten().tolist() + dropped.flatten().tolist()) == list(range(12288))
 
 
 @pytest.mark.parametrize("name", ["q_norm.weight", "k_norm.weight"])
-def test_the_first_3200_channels_are_kept_of_the_norms(name):
-    kept, dropped = split_heads(BLOCK + name, torch.arange(4096), RELEASED)
-    assert kept.tolist() == list(range(3200))
-    assert len(dropped) == 896
+def test_the_first_3200_channels_are_kept_of_the_norms(numbered, name):
+    assert kept_of(numbered, BLOCK + name).tolist() == list(range(3200))
 
 
-def test_the_first_3200_columns_are_kept_of_the_output_projection():
-    kept = without_dummy_heads(f"{BLOCK}proj.weight", torch.arange(4096).expand(3, -1), RELEASED)
-    assert kept.tolist() == [list(range(3200))] * 3
-    assert kept.is_contiguous()
+def test_the_first_3200_columns_are_kept_of_the_output_projection(numbered):
+    assert kept_of(numbered, f"{BLOCK}proj.weight").tolist() == [list(range(3200))] * 3
 
 
-@pytest.mark.parametrize("name", [f"{BLOCK}proj.bias", "vision_model.encoder.layers.0.mlp.fc1.weight", "mlp1.1.weight"])
-def test_a_tensor_without_heads_is_left_as_it_is(name):
-    tensor = torch.arange(4096)
-    kept, dropped = split_heads(name, tensor, RELEASED)
-    assert torch.equal(kept, tensor)
-    assert dropped.numel() == 0
+@pytest.mark.parametrize("name", [f"{BLOCK}proj.bias", "mlp1.1.weight"])
+def test_a_tensor_without_heads_is_left_as_it_is(numbered, name):
+    assert torch.equal(kept_of(numbered, name), numbered.tensor(name))
+
+
+def test_every_channel_that_is_not_kept_is_looked_at(numbered):
+    assert set(nonzero_dummy_tensors(numbered, RELEASED)) == {
+        BLOCK + name for name in ("qkv.weight", "q_norm.weight", "k_norm.weight", "proj.weight")
+    }
 
 
 def test_pruned_shapes_are_those_of_the_pruned_spec():
     assert pruned(RELEASED).attention_width == 3200
-    assert without_dummy_heads(f"{BLOCK}qkv.weight", torch.zeros(12288, 2), RELEASED).shape == (9600, 2)
+    assert pruned(RELEASED).head_size == RELEASED.head_size == 128
 
 
 def test_a_checkpoint_of_zero_dummy_heads_has_none_that_count(random_checkpoint):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nvlm_deploy.errors import NvlmError
 
@@ -19,6 +19,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # the format's own limit on a header (safetensors: MAX_HEADER_SIZE)
 _MAX_HEADER_BYTES = 100_000_000
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,42 @@ class Checkpoint:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
 
+    def chunks(self, name: str, *, rows: Sequence[range] | None = None) -> Iterator[torch.Tensor]:
+        """The tensor's rows (its first axis) in order, or some ranges of them, as stored and a few MB at a time.
+
+        Reads the shard, does not map it: mapped pages count as memory of the process until the tensor is gone.
+        """
+        info = self.info(name)
+        row_bytes = info.size_bytes // max(1, info.shape[0] if info.shape else 1)
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        with info.shard.open("rb") as file:
+            for part in [range(info.shape[0] if info.shape else 1)] if rows is None else rows:
+                for start in range(part.start, part.stop, step):
+                    yield _read_rows(file, info, start, min(start + step, part.stop), row_bytes)
+
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors below a prefix, which is stripped."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names if name.startswith(prefix)}
+
+
+def _read_rows(file: BinaryIO, info: TensorInfo, start: int, stop: int, row_bytes: int) -> torch.Tensor:
+    import torch
+
+    data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+    file.seek(info.offset + start * row_bytes)
+    if file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
+        raise _truncated(info.shard, info.shard.stat().st_size, info.offset + info.size_bytes)
+    rows = data.view(_torch_dtype(info))
+    return rows.reshape(stop - start, *info.shape[1:]) if info.shape else rows.reshape(())
+
+
+def _torch_dtype(info: TensorInfo) -> torch.dtype:
+    import torch
+
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    if info.dtype not in dtypes:
+        raise NvlmError(f"tensor {info.name} in {info.shard.name} is {info.dtype}, expected {', '.join(dtypes)}")
+    return dtypes[info.dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,12 @@ Shape = tuple[int, ...]
 
 def expected_tensors(spec: ModelSpec) -> dict[str, Shape]:
     """Every tensor name of the released layout with its shape (facts nvlm-d.md section 2)."""
-    return dict([*_vision(spec.vision), *_projector(spec.projector), *_decoder(spec.decoder)])
+    return vision_tensors(spec) | dict(_decoder(spec.decoder))
+
+
+def vision_tensors(spec: ModelSpec) -> dict[str, Shape]:
+    """Those of the encoder and the projector."""
+    return dict([*_vision(spec.vision), *_projector(spec.projector)])
 
 
 def require_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:

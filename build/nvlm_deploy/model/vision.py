@@ -94,7 +94,10 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
-    """Patches by a strided convolution, the class token in front, learned positions added."""
+    """Patches by a strided convolution, the class token in front, learned positions added.
+
+    In float32, rounded once at the end: pixels keep their 8 bits, and it is a thousandth of a block's work.
+    """
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
@@ -103,9 +106,12 @@ class PatchEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, spec.positions, spec.hidden_size))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.expand(pixels.shape[0], -1, -1)
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding
+        """float32 [tiles, 3, size, size] -> [tiles, positions, hidden] in the weights' type."""
+        weight, bias = (parameter.float() for parameter in self.patch_embedding.parameters())
+        patches = functional.conv2d(pixels, weight, bias, stride=self.patch_embedding.stride)
+        class_token = self.class_embedding.float().expand(pixels.shape[0], -1, -1)
+        embedded = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
+        return (embedded + self.position_embedding.float()).to(self.class_embedding.dtype)
 
 
 class VisionEncoder(nn.Module):
@@ -117,7 +123,7 @@ class VisionEncoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionBlock(spec) for _ in range(spec.layers))})
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [tiles, 3, size, size], normalised -> [tiles, positions, hidden], class token first."""
+        """Normalised float32 pixels [tiles, 3, size, size] -> [tiles, positions, hidden], class token first."""
         hidden: torch.Tensor = self.embeddings(pixels)
         for block in self.blocks:
             hidden = block(hidden)
@@ -143,7 +149,27 @@ class Normalisation(nn.Module):
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         # the cast comes first: TensorRT takes uint8 into a cast and nowhere else
-        return (tiles.to(self.mean.dtype).permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+        return (tiles.float().permute(0, 3, 1, 2) / 255 - self.mean) / self.std
+
+
+class ProjectorNorm(nn.LayerNorm):
+    """LayerNorm in float32 whatever the weights' type, as the encoder's norms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Projector(nn.Sequential):
+    """LayerNorm, Linear, exact GELU, Linear; no biases on the linears."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        super().__init__(
+            ProjectorNorm(spec.input_size, eps=spec.norm_epsilon),
+            nn.Linear(spec.input_size, spec.hidden_size, bias=False),
+            nn.GELU(),
+            nn.Linear(spec.hidden_size, spec.output_size, bias=False),
+        )
 
 
 class VisionTower(nn.Module):
@@ -154,20 +180,11 @@ class VisionTower(nn.Module):
         self.vision = vision
         self.normalisation = Normalisation()
         self.vision_model = VisionEncoder(vision)
-        self.mlp1 = nn.Sequential(
-            nn.LayerNorm(projector.input_size, eps=projector.norm_epsilon),
-            nn.Linear(projector.input_size, projector.hidden_size, bias=False),
-            nn.GELU(),
-            nn.Linear(projector.hidden_size, projector.output_size, bias=False),
-        )
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return self.vision_model.embeddings.class_embedding.dtype
+        self.mlp1 = Projector(projector)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """uint8 [tiles, H, W, 3] -> [tiles, tokens, hidden] in the weights' type."""
-        hidden = self.vision_model(self.normalisation(tiles).to(self.weight_dtype))
+        hidden = self.vision_model(self.normalisation(tiles))
         embeddings: torch.Tensor = self.mlp1(pixel_shuffle(hidden[:, 1:], grid=self.vision.grid))
         return embeddings
 

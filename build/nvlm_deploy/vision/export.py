@@ -1,205 +1,225 @@
 """Checkpoint -> vision ONNX: uint8 tiles in, prompt embeddings out, normalisation and projector inside the graph.
 
-The graph is exported from the network on the `meta` device, so that memory does not grow with the weights; these are
-streamed from the shards into the external-data file (tried with 5.9 B parameters: facts running-on-a-cpu.md).
+The graph is traced from the network on the `meta` device; the weights are streamed from the shards into the
+external-data file. Memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nvlm_deploy.artifacts import replace_folder
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_deploy.artifacts import resumable_folder, sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.tensors import EMBEDDINGS, TILES
-from nvlm_deploy.vision.external_data import ReadTensor, Slot, stream_tensors
-from nvlm_deploy.vision.heads import nonzero_dummy_tensors, pruned, without_dummy_heads
+from nvlm_deploy.model.inventory import require_shape, vision_tensors
+from nvlm_deploy.model.spec import ModelSpec, VisionSpec
+from nvlm_deploy.progress import Progress, silent
+from nvlm_deploy.vision.external_data import Slot, Weight, stream_weights
+from nvlm_deploy.vision.heads import nonzero_dummy_tensors, pruned, real_chunks
+from nvlm_deploy.vision.qdq import Fp8Choice
 
 if TYPE_CHECKING:
     import onnx_ir
     import torch
 
-    from nvlm_deploy.model.vision import VisionTower
+    from nvlm_deploy.vision.calibrate import VisionCalibration
 
 log = logging.getLogger(__name__)
 
 ONNX_NAME = "vision.onnx"
 DATA_NAME = "vision.onnx.data"
+CALIBRATION_NAME = "calibration.json"
 
-# Gelu and FP8 Q/DQ are in it, TensorRT 10 and ONNX Runtime read it; 23 would bring the Attention op, which they do not
-OPSET = 20
+# precision -> torch's name of the type of what is not quantised
+BASE_TYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}
 
-PRECISIONS = ("fp32",)
+
+@dataclass(frozen=True)
+class Fp8Source:
+    """What FP8 needs beyond the checkpoint: how to quantise, and the tiles, uint8 [n, S, S, 3], of real pictures."""
+
+    choice: Fp8Choice
+    pictures: Sequence[npt.NDArray[np.uint8]] = field(repr=False)
 
 
 def onnx_from_checkpoint(
-    checkpoint: Checkpoint, spec: ModelSpec, output_folder: Path, *, precision: str = "fp32"
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    output_folder: Path,
+    *,
+    precision: str = "bf16",
+    fp8: Fp8Source | None = None,
+    on_progress: Progress = silent,
 ) -> Path:
-    """Write `vision.onnx` and its data file into a fresh `output_folder`; return the path of the graph.
+    """Write `vision.onnx` and its data file into `output_folder`; return the path of the graph.
 
-    Input `tiles` uint8 [tiles, S, S, 3], output `embeddings` [tiles, tokens, hidden]; the number of tiles is free.
-    Dummy heads are left out when all of them are exactly zero. Raises NvlmError for missing, misshapen or non-finite
-    tensors and for a graph that, read back, differs from torch; then nothing is written.
+    Input `tiles` uint8 [tiles, S, S, 3], output `embeddings` [tiles, tokens, hidden]: float32 for fp32, else bfloat16;
+    the number of tiles is free. Dummy heads are left out when all of them are exactly zero. Raises NvlmError for
+    missing, misshapen or non-finite tensors and values that the precision cannot hold. After a kill the same call goes
+    on where it was.
     """
-    from nvlm_deploy.model.vision import require_shapes
-    from nvlm_deploy.vision.compare import require_equal_to_torch
-
-    if precision not in PRECISIONS:
-        raise NvlmError(f"no vision precision {precision!r}; there is {', '.join(PRECISIONS)}")
-    require_shapes(meta_tower(spec), checkpoint, prefix="")
-    exported = _without_zero_heads(checkpoint, spec)
-    with replace_folder(output_folder) as folder:
-        _write_graph(folder, checkpoint, spec, exported)
-        require_equal_to_torch(folder / ONNX_NAME, checkpoint, spec)
+    export = vision_export(checkpoint, spec, precision=precision, fp8=fp8)
+    with resumable_folder(output_folder, export.identity) as folder:
+        export.write(folder, on_progress)
     return output_folder / ONNX_NAME
 
 
-def meta_tower(spec: ModelSpec) -> VisionTower:
-    """The network without weights: names, shapes and types only."""
-    import torch
+def vision_export(
+    checkpoint: Checkpoint, spec: ModelSpec, *, precision: str, fp8: Fp8Source | None = None
+) -> VisionExport:
+    """What is to be written, after a look at every header and at the dummy heads. See `onnx_from_checkpoint`."""
+    if precision not in BASE_TYPES:
+        raise NvlmError(f"no vision precision {precision!r}; there is {', '.join(BASE_TYPES)}")
+    if (precision == "fp8") != (fp8 is not None):
+        raise NvlmError(f"precision {precision}: FP8 needs calibration pictures, the others take none")
+    for name, shape in vision_tensors(spec).items():
+        require_shape(checkpoint, name, shape)
+    return VisionExport(checkpoint, spec, _without_zero_heads(checkpoint, spec), precision, fp8)
 
-    from nvlm_deploy.model.vision import VisionTower
 
-    with torch.device("meta"):
-        return VisionTower(spec.vision, spec.projector).requires_grad_(False).eval()
-
-
-def _without_zero_heads(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec:
-    """The spec to export: real heads only, unless a dummy head turns out to hold something."""
+def _without_zero_heads(checkpoint: Checkpoint, spec: ModelSpec) -> VisionSpec:
+    """The encoder to export: real heads only, unless a dummy head turns out to hold something."""
     dummies = spec.vision.padded_heads - spec.vision.heads
     nonzero = nonzero_dummy_tensors(checkpoint, spec.vision)
     if nonzero:
         log.warning("%d dummy heads kept: %s is not zero (%d such)", dummies, nonzero[0], len(nonzero))
-        return spec
+        return spec.vision
     log.info("%d dummy heads are zero in every layer: left out", dummies)
-    return replace(spec, vision=pruned(spec.vision))
+    return pruned(spec.vision)
 
 
-def _write_graph(folder: Path, checkpoint: Checkpoint, spec: ModelSpec, exported: ModelSpec) -> None:
-    import onnx
+@dataclass(frozen=True)
+class VisionExport:
+    """One checkpoint's encoder and projector at one precision; `vision` has the heads that are exported."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    vision: VisionSpec
+    precision: str
+    fp8: Fp8Source | None = None
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the graph says of itself, in its metadata."""
+        return {
+            "nvlm.precision": self.precision,
+            "nvlm.vision_heads": f"{self.vision.padded_heads} of {self.spec.vision.padded_heads}",
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """What an interrupted export may be resumed for: these shards, unchanged, and these choices."""
+        shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.checkpoint.shards]
+        pictures = [hashlib.sha256(tiles.data).hexdigest() for tiles in self.fp8.pictures] if self.fp8 else []
+        return sha256_of_json([shards, repr(self), pictures])
+
+    def write(self, folder: Path, on_progress: Progress) -> None:
+        """Fill a folder, which may hold what a killed run of the same identity left."""
+        import onnx
+        import onnx_ir
+
+        calibration = self._calibration(folder, on_progress) if self.fp8 else None
+        model = self.graph()
+        weights = self.weights(calibration)
+        slots = stream_weights(folder / DATA_NAME, weights, identity=self.identity, on_progress=on_progress)
+        _attach(model, slots, folder / DATA_NAME)
+        onnx_ir.save(model, folder / ONNX_NAME)
+        onnx.checker.check_model(str(folder / ONNX_NAME), full_check=True)
+
+    def _calibration(self, folder: Path, on_progress: Progress) -> VisionCalibration:
+        """Computed once: the file in the folder is the sign that a killed run had got so far."""
+        from nvlm_deploy.vision.calibrate import VisionCalibration, calibrate_vision
+
+        assert self.fp8 is not None  # the caller has looked
+        path, state = folder / CALIBRATION_NAME, folder / "calibration-state"
+        if not path.is_file():
+            state.mkdir(exist_ok=True)
+            calibration = calibrate_vision(
+                self.checkpoint, self.spec, self.fp8.pictures, work_folder=state, on_progress=on_progress
+            )
+            calibration.save(path)
+        shutil.rmtree(state, ignore_errors=True)
+        return VisionCalibration.load(path)
+
+    def graph(self) -> onnx_ir.Model:
+        """The whole tower; its weights have names, shapes and types but no values yet."""
+        import torch
+
+        from nvlm_deploy.vision.graph import joined
+        from nvlm_deploy.vision.qdq import quantise_block
+        from nvlm_deploy.vision.stages import stages
+        from nvlm_deploy.vision.trace import traced_stage
+
+        exported = replace(self.spec, vision=self.vision)
+        first, block, *_, last = stages(self.vision)
+        dtype = getattr(torch, BASE_TYPES[self.precision])
+        templates = {stage.kind: traced_stage(stage, exported, dtype) for stage in (first, block, last)}
+        if self.fp8:
+            quantise_block(templates["block"], self.fp8.choice)
+        model = joined(self.vision, templates)
+        model.metadata_props.update(self.notes)
+        return model
+
+    def weights(self, calibration: VisionCalibration | None = None) -> list[Weight]:
+        """Where the values of the graph's weights come from; a calibration is what FP8 needs."""
+        import torch
+
+        dtype = getattr(torch, BASE_TYPES[self.precision])
+        shapes = vision_tensors(replace(self.spec, vision=self.vision))
+        weights = [Weight(name, dtype, shape, partial(self._chunks, name, dtype)) for name, shape in shapes.items()]
+        if calibration is None or self.fp8 is None:
+            return weights
+        from nvlm_deploy.vision.quantize import quantised_weights
+
+        return quantised_weights(weights, calibration, self.fp8.choice, head_size=self.vision.head_size)
+
+    def _chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        is_pruned = self.vision != self.spec.vision
+        stored = real_chunks(self.checkpoint, name, self.spec.vision) if is_pruned else self.checkpoint.chunks(name)
+        for chunk in stored:
+            _require_finite(name, chunk)
+            cast = chunk.to(dtype)
+            _require_fits(name, cast)
+            yield cast
+
+
+def _attach(model: onnx_ir.Model, slots: Mapping[str, Slot], data: Path) -> None:
+    """Every weight of the graph gets its place in the data file; constants have their values."""
     import onnx_ir
 
-    tower = meta_tower(exported)
-    model = onnx_model(tower, exported)
-    read = _reader(checkpoint, spec, prune=exported.vision.padded_heads < spec.vision.padded_heads)
-    slots = stream_tensors(folder / DATA_NAME, tower.state_dict(), read)
-    _attach_weights(model, slots, folder / DATA_NAME)
-    model.metadata_props["nvlm.vision_heads"] = f"{exported.vision.padded_heads} of {spec.vision.padded_heads}"
-    onnx_ir.save(model, folder / ONNX_NAME)
-    onnx.checker.check_model(str(folder / ONNX_NAME), full_check=True)
+    for value in model.graph.initializers.values():
+        if value.const_value is None:
+            assert value.name and value.dtype and isinstance(value.shape, onnx_ir.Shape)  # an initialiser has all three
+            slot = slots[value.name]
+            place = (data.name, slot.offset, slot.size_bytes)
+            value.const_value = onnx_ir.ExternalTensor(
+                *place, value.dtype, shape=value.shape, name=value.name, base_dir=data.parent
+            )
 
 
-def _reader(checkpoint: Checkpoint, spec: ModelSpec, *, prune: bool) -> ReadTensor:
-    import torch
-
-    def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.tensor(name)
-        return (without_dummy_heads(name, tensor, spec.vision) if prune else tensor).to(torch.float32)
-
-    return read
-
-
-def onnx_model(tower: VisionTower, spec: ModelSpec) -> onnx_ir.Model:
-    """The graph of a tower on `meta`; its initialisers have names, shapes and types but no values yet."""
-    import torch
-    from onnxscript.optimizer import optimize_ir
-
-    size = spec.tiling.tile_size
-    tiles = torch.empty(2, size, size, 3, dtype=torch.uint8, device="meta")
-    with _without_exporter_noise():
-        program = torch.onnx.export(
-            tower,
-            (tiles,),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[TILES.name],
-            output_names=[EMBEDDINGS.name],
-            dynamic_shapes=({0: torch.export.Dim(str(TILES.axes[0]), min=1)},),
-            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _plain_attention},
+def _require_finite(name: str, chunk: torch.Tensor) -> None:
+    """By the extremes first: NaN becomes both of them, and `isfinite` would take as much memory as the chunk."""
+    if chunk.numel() and not all(extreme.isfinite() for extreme in chunk.aminmax()):
+        bad = int((~chunk.isfinite()).sum())
+        raise NvlmError(
+            f"tensor {name} holds at least {bad} value(s) that are NaN or infinite",
+            hint="the checkpoint is damaged: compare its shards' SHA-256 with the publisher's and fetch them again",
         )
-        assert program is not None  # None is only for a call that writes the file itself
-        model = program.model
-        for value in model.graph.initializers.values():
-            value.const_value = None  # nothing of a meta tensor may be folded
-        optimize_ir(model)
-    require_borders(model, spec)
-    return model
 
 
-def _plain_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    """softmax(q k^T / sqrt(head_size)) v in four operators, the pattern that TensorRT fuses.
+def _require_fits(name: str, chunk: torch.Tensor) -> None:
+    """Half precision ends at 65504; what is larger became infinite in the cast."""
+    import torch
 
-    The exporter's own translation shuffles k through shapes that are computed at run time.
-    """
-    import onnxscript
-
-    op: Any = onnxscript.opset20
-    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
-    scale = op.CastLike(op.Constant(value_float=query.shape[-1] ** -0.5), scores)
-    return op.MatMul(op.Softmax(op.Mul(scores, scale), axis=-1), value)
-
-
-def require_borders(model: onnx_ir.Model, spec: ModelSpec) -> None:
-    """The exporter silently freezes an axis when the network's Python looks at its length."""
-    size, tokens, hidden = spec.tiling.tile_size, spec.tiling.tokens_per_tile, spec.decoder.hidden_size
-    borders = (
-        (model.graph.inputs[0], TILES.with_axes(height=size, width=size)),
-        (model.graph.outputs[0], EMBEDDINGS.with_axes(tokens=tokens, hidden=hidden)),
-    )
-    for value, tensor in borders:
-        axes = tuple(axis if isinstance(axis, int) else str(axis) for axis in value.shape or ())
-        if (value.name, axes) != (tensor.name, tensor.axes):
-            raise RuntimeError(f"the exporter made {value.name} {list(axes)}, not {tensor.name} {list(tensor.axes)}")
-
-
-def _attach_weights(model: onnx_ir.Model, slots: Mapping[str, Slot], data: Path) -> None:
-    """Every initialiser gets its place in the data file, or its value when it is a constant of the normalisation."""
-    import onnx_ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    from nvlm_deploy.model.vision import Normalisation
-
-    constants = {f"normalisation.{name}": onnx_ir.tensor(buffer) for name, buffer in Normalisation().named_buffers()}
-    for name, value in model.graph.initializers.items():
-        if name in slots:
-            value.const_value = _external_tensor(value, slots[name], data)
-        elif value.const_value is None:
-            value.const_value = constants[name]
-            value.const_value.name = name
-    ClearMetadataAndDocStringPass()(model)  # stack traces: they name the build machine's paths
-
-
-def _external_tensor(value: onnx_ir.Value, slot: Slot, data: Path) -> onnx_ir.ExternalTensor:
-    import onnx_ir
-
-    assert value.name and value.dtype and isinstance(value.shape, onnx_ir.Shape)  # an initialiser has all three
-    return onnx_ir.ExternalTensor(
-        data.name, slot.offset, slot.size_bytes, value.dtype, shape=value.shape, name=value.name, base_dir=data.parent
-    )
-
-
-@contextlib.contextmanager
-def _without_exporter_noise() -> Iterator[None]:
-    """Silence what is no news: torchvision is not installed, and initialisers on `meta` have no values."""
-    chatty = [
-        logging.getLogger(name) for name in ("torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
-    ]
-    levels = [logger.level for logger in chatty]
-    try:
-        for logger in chatty:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
+    if chunk.dtype == torch.float16 and chunk.numel() and not all(extreme.isfinite() for extreme in chunk.aminmax()):
+        raise NvlmError(f"tensor {name} holds values that float16 cannot (above 65504)", hint="use precision bf16")

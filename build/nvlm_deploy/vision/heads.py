@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,23 +16,22 @@ if TYPE_CHECKING:
 PADDED_TENSORS = ("attn.qkv.weight", "attn.q_norm.weight", "attn.k_norm.weight", "attn.proj.weight")
 
 
-def split_heads(name: str, tensor: torch.Tensor, vision: VisionSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """What belongs to the real heads and what to the dummy heads, which trail in each of q, k and v.
+def real_chunks(checkpoint: Checkpoint, name: str, vision: VisionSpec) -> Iterator[torch.Tensor]:
+    """A tensor for a tower of `pruned(vision)`, some rows at a time.
 
-    The dummy part of a tensor without heads is empty.
+    Exact only where `nonzero_dummy_tensors` finds none.
     """
-    real, padded = vision.heads * vision.head_size, vision.attention_width
-    if name.endswith("attn.qkv.weight"):
-        blocks = tensor.unflatten(0, (3, padded))
-        return blocks[:, :real].flatten(0, 1), blocks[:, real:].flatten(0, 1)
-    if name.endswith(PADDED_TENSORS):
-        return tensor[..., :real], tensor[..., real:]
-    return tensor, tensor[:0]
+    if not name.endswith(PADDED_TENSORS):
+        return checkpoint.chunks(name)
+    return _chunks_of_heads(checkpoint, name, vision, slice(0, vision.heads * vision.head_size))
 
 
-def without_dummy_heads(name: str, tensor: torch.Tensor, vision: VisionSpec) -> torch.Tensor:
-    """The tensor for a tower of `pruned(vision)`. Exact only where `nonzero_dummy_tensors` finds none."""
-    return split_heads(name, tensor, vision)[0].contiguous()
+def _chunks_of_heads(checkpoint: Checkpoint, name: str, vision: VisionSpec, channels: slice) -> Iterator[torch.Tensor]:
+    """Some channels of q, k, v or what is made of them: dummy heads trail in each of q, k and v."""
+    if name.endswith("attn.proj.weight"):
+        return (chunk[:, channels] for chunk in checkpoint.chunks(name))
+    starts = range(0, checkpoint.shape(name)[0], vision.attention_width)
+    return checkpoint.chunks(name, rows=[range(start + channels.start, start + channels.stop) for start in starts])
 
 
 def pruned(vision: VisionSpec) -> VisionSpec:
@@ -41,5 +41,10 @@ def pruned(vision: VisionSpec) -> VisionSpec:
 
 def nonzero_dummy_tensors(checkpoint: Checkpoint, vision: VisionSpec) -> list[str]:
     """Names of tensors whose dummy heads are not exactly zero: while there is one, pruning would change the result."""
+    dummies = slice(vision.heads * vision.head_size, vision.attention_width)
     padded = [name for name in checkpoint.names if name.startswith("vision_model.") and name.endswith(PADDED_TENSORS)]
-    return [name for name in padded if split_heads(name, checkpoint.tensor(name), vision)[1].any()]
+    return [
+        name
+        for name in padded
+        if any(bool(chunk.any()) for chunk in _chunks_of_heads(checkpoint, name, vision, dummies))
+    ]

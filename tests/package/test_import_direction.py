@@ -15,8 +15,10 @@ ROOTS = [REPOSITORY / root / "nvlm_deploy" for root in ("build", "triton_repo", 
 # a room may import rooms of lower rank, and itself; vision, llm and serving share a rank: never each other
 RANK = {
     "errors": 0,
+    "progress": 0,
     "tensors": 1,
     "profile": 1,
+    "sku": 1,
     "samples": 1,
     "artifacts": 1,
     "checkpoint": 2,
@@ -28,6 +30,7 @@ RANK = {
     "pipeline": 5,
     "sample_embeddings": 5,
     "recipe": 6,
+    "steps": 7,
     "client": 7,
     "report": 7,
     "validate": 8,
@@ -36,7 +39,16 @@ RANK = {
     "cli": 10,
 }
 # each of these in at most two files: one place to adapt when its interface changes
-RARE_LIBRARIES = ("onnx", "onnxruntime", "tritonclient", "tensorrt", "tensorrt_llm", "tensorrt_rtx", "polygraphy")
+RARE_LIBRARIES = (
+    "onnx",
+    "onnxruntime",
+    "tritonclient",
+    "tensorrt",
+    "tensorrt_llm",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "polygraphy",
+)
 # what NVLM-D is and how a checkpoint stores it know each other, file by file and without a cycle
 PEERS = {"checkpoint", "model"}
 HEAVY = {"torch", "onnx", "onnxruntime", "tritonclient", "transformers", "safetensors", "tokenizers", "pytriton"}

@@ -30,10 +30,11 @@ def test_the_wheel_holds_every_module_of_the_three_roots(wheel_names: set[str]) 
     assert {name for name in wheel_names if name.endswith(".py")} == sources
 
 
-def test_the_wheel_holds_the_profiles_and_nothing_at_its_top_but_our_package(wheel_names: set[str]) -> None:
-    profiles = {f"nvlm_deploy/data/profiles/{path.name}" for path in (REPOSITORY / "engines/profiles").glob("*.toml")}
-    assert profiles
-    assert profiles <= wheel_names
+def test_the_wheel_holds_the_data_and_nothing_at_its_top_but_our_package(wheel_names: set[str]) -> None:
+    for kind in ("profiles", "skus"):
+        data = {f"nvlm_deploy/data/{kind}/{path.name}" for path in (REPOSITORY / "engines" / kind).glob("*.toml")}
+        assert data
+        assert data <= wheel_names
     assert {name.split("/")[0] for name in wheel_names} == {"nvlm_deploy", "nvlm_deploy-0.1.0.dist-info"}
 
 

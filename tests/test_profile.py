@@ -63,7 +63,7 @@ def test_an_unknown_section_is_named_with_the_nearest_that_exists(tmp_path, text
 
 
 def test_an_unknown_key_that_resembles_nothing_lists_what_there_is(tmp_path, text):
-    with pytest.raises(NvlmError, match=r"unknown key 'vision\.zzz' \(there are: runtime, precision\)"):
+    with pytest.raises(NvlmError, match=r"unknown key 'vision\.zzz' \(there are: runtime, precision, weight_scales"):
         load_profile(written(tmp_path, text.replace("[vision]", "[vision]\nzzz = 1")))
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nvlm_deploy.artifacts import (
     digests,
     read_manifest,
     replace_folder,
+    resumable_folder,
     sha256_of,
     sha256_of_json,
     tool_versions,
@@ -46,6 +47,7 @@ class Step:
 
     `make` fills a fresh folder and returns notes for the manifest. `settings` are the choices that, with the inputs'
     content, decide whether an existing artifact is up to date; bump `revision` when `make` itself changes its output.
+    A step that `resumes` finds in its folder what a killed run of the same key wrote.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Step:
     tools: Sequence[str] = ()
     evidence: str = "measured"
     revision: int = 1
+    resumes: bool = False
 
     @cached_property
     def input_digests(self) -> dict[str, str]:
@@ -71,10 +74,17 @@ def digest_of_input(path: Path) -> str:
     if not path.exists():
         raise NvlmError(f"no input {path}", hint="run the steps before this one: `nvlm build` runs all")
     if path.is_file():
-        return sha256_of(path)
+        state = path.stat()
+        return _file_digest(path, state.st_ino, state.st_size, state.st_mtime_ns)
     if (path / MANIFEST_NAME).is_file():
         return sha256_of_json(dict(read_manifest(path).outputs))
     return sha256_of_json(digests(path))
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, *_state: int) -> str:
+    """Several steps read the same shards: one pass over each while it stays as it is."""
+    return sha256_of(path)
 
 
 def state_of(step: Step) -> State:
@@ -94,13 +104,13 @@ def run_step(step: Step, *, force: bool = False) -> tuple[State, Artifact]:
 
     An existing folder without a manifest is not ours and is refused, never overwritten.
     """
-    clear_partial(step.output)
+    clear_partial(step.output, keep=step.key if step.resumes else None)
     _require_ours(step.output)
     if not force and state_of(step) is State.UP_TO_DATE:
         log.info("%s: up to date", step.name)
         return State.UP_TO_DATE, Artifact(step.output, read_manifest(step.output))
     log.info("%s: building %s", step.name, step.output)
-    with replace_folder(step.output) as folder:
+    with resumable_folder(step.output, step.key) if step.resumes else replace_folder(step.output) as folder:
         notes = step.make(folder)
         write_manifest(folder, _manifest(step, digests(folder), notes))
     return State.BUILT, Artifact(step.output, read_manifest(step.output))

@@ -17,10 +17,18 @@ class _Section(BaseModel):
 
 
 class VisionChoice(_Section):
-    """How the vision tower runs; the precision is in the ONNX graph."""
+    """How the vision tower runs; the precision is in the ONNX graph. `fp8` is FP8 linears over a BF16 base.
 
-    runtime: Literal["onnxruntime"]
-    precision: Literal["fp32"]
+    `max_tiles_per_run` is the most tiles that one run of an engine takes, `gate_tiles` how many the numerics gate looks
+    at.
+    """
+
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    precision: Literal["fp32", "bf16", "fp16", "fp8"]
+    weight_scales: Literal["per_tensor", "per_channel"] = "per_channel"
+    fp8_attention: bool = False
+    max_tiles_per_run: PositiveInt = 28
+    gate_tiles: PositiveInt = 2
 
 
 class DecoderChoice(_Section):

@@ -47,13 +47,7 @@ class SampleEmbedder:
         return self._joined(self.prompt(sample), answer)
 
     def _tiles(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
-        return [self._tiles_of(path) for path in sample.images]
-
-    def _tiles_of(self, path: Path) -> npt.NDArray[np.uint8]:
-        try:
-            return tiles_from_image(open_image(path.read_bytes()), self.tiling)
-        except NvlmError as problem:
-            raise NvlmError(f"{path}: {problem.message}", hint=problem.hint) from problem
+        return [tiles_of_file(path, self.tiling) for path in sample.images]
 
     def _ids(self, sample: Sample, images: list[npt.NDArray[np.uint8]]) -> list[int]:
         return self.prompts.ids(sample.question, [len(tiles) for tiles in images])
@@ -76,3 +70,11 @@ class SampleEmbedder:
             raise NvlmError(f"{len(rows)} visual tokens for {int(places.sum())} places in the prompt")
         embeddings[places] = rows.to(embeddings.dtype)
         return embeddings
+
+
+def tiles_of_file(path: Path, tiling: TilingSpec) -> npt.NDArray[np.uint8]:
+    """uint8 [tiles, S, S, 3] of a picture. Raises NvlmError naming a file that cannot be read as one."""
+    try:
+        return tiles_from_image(open_image(path.read_bytes()), tiling)
+    except NvlmError as problem:
+        raise NvlmError(f"{path}: {problem.message}", hint=problem.hint) from problem

@@ -25,6 +25,7 @@ from nvlm_deploy.report.device import device_name
 from nvlm_deploy.report.measurement import Bar, Measurement, Verdict, all_hold
 from nvlm_deploy.report.tables import verdict_table
 from nvlm_deploy.samples import Sample, read_samples
+from nvlm_deploy.steps.order import pipeline_of
 from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 from nvlm_deploy.validate.in_process import InProcessModel, built_model
 from nvlm_deploy.validate.over_server import answers_from_server
@@ -114,7 +115,7 @@ def soak_verdicts(server: TritonServer, samples: Sequence[Sample]) -> list[Verdi
 def main() -> int:
     assets = Assets.of_checkout()
     recipe = Recipe(assets.model, load_profile("cpu"), WORKSPACE, assets.calibration)
-    list(recipe.run())
+    list(pipeline_of(recipe).run())
     samples = read_samples(assets.held_out)
     with TritonServer(recipe.repository, ServerChoices(ports=Ports.free())) as server:
         judged = concurrency_verdicts(server.grpc_url, samples, built_model(recipe)) + soak_verdicts(server, samples)

@@ -36,7 +36,7 @@ def test_a_dry_run_lists_the_steps_and_writes_nothing(
 ) -> None:
     assert exit_code_of(*command, "--dry-run", "--json") == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
-    assert [row["step"] for row in steps] == ["export-vision", "quantize-llm", "assemble"]
+    assert [row["step"] for row in steps] == ["export-vision", "build-vision", "quantize-llm", "assemble"]
     assert not (tmp_path / "work").exists()
 
 
@@ -75,8 +75,8 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(
     assert "tokenizer.json" in capsys.readouterr().err
 
 
-def start_build(tiny_folder: Path, workspace: Path) -> subprocess.Popen[str]:
-    arguments = ["build", tiny_folder, "--calibration", CALIBRATION, "--workspace", workspace]
+def start_build(tiny_folder: Path, workspace: Path, verb: str = "build") -> subprocess.Popen[str]:
+    arguments = [verb, tiny_folder, "--calibration", CALIBRATION, "--workspace", workspace]
     program = f"from nvlm_deploy.cli.main import run; run({[str(argument) for argument in arguments]!r})"
     return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -100,6 +100,22 @@ def test_a_build_killed_in_the_middle_goes_on_where_it_was_and_ends_with_the_sam
 
 
 @pytest.mark.slow
+def test_an_export_killed_among_the_weights_goes_on_and_ends_with_the_same_bytes(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start_build(tiny_folder, whole, "export-vision").wait() == 0
+    build = start_build(tiny_folder, killed, "export-vision")
+    wait_until(lambda: list(killed.rglob("*.journal")) or build.poll() is not None)
+    os.kill(build.pid, signal.SIGKILL)
+    assert build.wait() == -signal.SIGKILL
+    assert not list(killed.rglob("manifest.json"))
+    assert start_build(tiny_folder, killed, "export-vision").wait() == 0
+    assert artifact_bytes(killed) == artifact_bytes(whole)
+    assert not list(killed.rglob(".partial-*"))
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(tiny_folder: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "work"
     build = start_build(tiny_folder, workspace)
@@ -109,7 +125,8 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(tiny_folder: Path,
     assert build.returncode == 130, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
-    assert not list(workspace.rglob(".partial-*"))
+    assert not list(workspace.rglob("manifest.json"))
+    assert all(path.name.startswith(".partial-begun-") for path in workspace.rglob(".partial-*"))
 
 
 @pytest.mark.slow
@@ -124,7 +141,7 @@ def test_a_disk_that_fills_up_while_building_is_said_and_the_build_goes_on_after
     (tmp_path / "build.py").write_text(program)
     script = (
         f"mount -t tmpfs -o size=4m tmpfs {disk} && {{ {sys.executable} {tmp_path}/build.py; echo exit $?; }};"
-        f"find {disk} -name '.partial-*'; mount -o remount,size=200m {disk} && {sys.executable} {tmp_path}/build.py;"
+        f"find {disk} -name '.partial-[!b]*'; mount -o remount,size=200m {disk} && {sys.executable} {tmp_path}/build.py;"
         " echo exit $?"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
@@ -191,7 +208,7 @@ def test_a_profile_that_cannot_work_is_refused_before_the_first_step(
 
 def test_forcing_plans_every_step(command: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(*command, "--dry-run", "--force") == 0
-    assert capsys.readouterr().out.count("to build") == 3
+    assert capsys.readouterr().out.count("to build") == 4
 
 
 @pytest.mark.slow
@@ -204,6 +221,7 @@ def test_the_encoder_of_one_checkpoint_is_not_joined_to_the_decoder_of_another(
     (other / "config.json").write_text(config + "\n")
     options = ("--profile", "cpu-bf16", "--workspace", tmp_path / "work")
     assert exit_code_of("export-vision", tiny_folder, *options) == 0
+    assert exit_code_of("build-vision", tiny_folder, *options) == 0
     assert exit_code_of("quantize-llm", other, *options) == 0
     assert exit_code_of("assemble", other, *options) == 2
     assert "different checkpoints: config.json" in " ".join(capsys.readouterr().err.split())

@@ -77,7 +77,25 @@ def test_any_other_folder_is_not_a_repository(tmp_path) -> None:
         read_repository(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["vision/vision.onnx", "decoder/config.json", "decoder/rank0.x"])
+def test_a_plan_is_the_engine_where_there_is_no_graph(tmp_path, sources) -> None:
+    for file in (tmp_path / "vision").glob("vision.onnx*"):
+        file.unlink()
+    (tmp_path / "vision" / "vision.plan").write_bytes(b"plan")
+    (tmp_path / "vision" / "builder.log").write_text("log")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    write_repository(folder, sources, ServingChoices(vision_runtime="tensorrt"))
+    assert {file.name for file in (folder / "vision_encoder" / "1").iterdir()} == {"vision.plan", "model.py"}
+
+
+def test_an_encoder_without_an_engine_is_named(tmp_path, sources) -> None:
+    for file in (tmp_path / "vision").glob("vision.onnx*"):
+        file.unlink()
+    with pytest.raises(NvlmError, match=r"vision has no vision\.onnx or vision\.plan"):
+        write_repository(tmp_path, sources, ServingChoices())
+
+
+@pytest.mark.parametrize("part", ["decoder/config.json", "decoder/rank0.x"])
 def test_a_missing_part_is_named(tmp_path, sources, part) -> None:
     (tmp_path / part).unlink()
     with pytest.raises(NvlmError, match=f"{Path(part).parent} has no {Path(part).name[:4]}"):

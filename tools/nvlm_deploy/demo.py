@@ -18,6 +18,7 @@ from nvlm_deploy.report.progress import progress
 from nvlm_deploy.report.statistics import Latency
 from nvlm_deploy.report.tables import ModelResult
 from nvlm_deploy.samples import Sample, read_samples
+from nvlm_deploy.steps.order import pipeline_of
 from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 from nvlm_deploy.validate.accuracy import Questions, comparison_as_json
 from nvlm_deploy.validate.tasks import Comparison, Scored, accuracy_by_task
@@ -133,7 +134,7 @@ def run_demo(assets: Assets, workspace: Path, listener: Listener, sizes: Sizes =
     samples, example = read_samples(assets.held_out, limit=sizes.questions), assets.example()
     recipes = [Recipe(assets.model, load_profile(name), workspace, assets.calibration) for name in TITLES]
     for recipe in recipes:
-        for step, state in recipe.run():
+        for step, state in pipeline_of(recipe).run():
             listener.on_step(recipe.profile.name, step, state)
     with contextlib.ExitStack() as servers:
         urls = list(_started(recipes, servers))

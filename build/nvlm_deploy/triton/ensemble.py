@@ -34,6 +34,7 @@ class ServingChoices:
     max_num_tokens: int = 8192
     max_waiting_requests: int = 1024
     max_pixels: int = MAX_PIXELS
+    vision_runtime: str = "onnxruntime"
     max_tiles_per_run: int = 16
     compute_dtype: str = "float32"
     kv_cache_dtype: str = "float32"
@@ -74,6 +75,7 @@ def _vision_encoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
     parameters = {
         "hidden_size": spec.decoder.hidden_size,
         "max_tiles_per_run": choices.max_tiles_per_run,
+        "runtime": choices.vision_runtime,
         "threads": choices.threads,
     }
     outputs = tuple(output.with_axes(hidden=spec.decoder.hidden_size) for output in tensors.PROMPT_TABLE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from nvlm_deploy.artifacts import sha256_of, sha256_of_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.serving.settings import SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json
+from nvlm_deploy.serving.settings import PLAN_FILE, SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json
 from nvlm_deploy.triton.ensemble import (
     DECODER,
     ENSEMBLE,
@@ -44,9 +44,16 @@ class RepositorySources:
     tokenizer: Path
     spec: ModelSpec
 
+    @property
+    def vision_files(self) -> list[Path]:
+        """The engine: a graph with its data, or a plan."""
+        return sorted([*self.vision.glob(f"{VISION_FILE}*"), *self.vision.glob(PLAN_FILE)])
+
     def checked(self) -> RepositorySources:
         """Itself. Raises NvlmError naming the first part that is missing."""
-        for part, pattern in ((self.vision, VISION_FILE), (self.decoder, "config.json"), (self.decoder, "rank*")):
+        if not self.vision_files:
+            raise NvlmError(f"{self.vision} has no {VISION_FILE} or {PLAN_FILE}", hint="build it first: `nvlm build`")
+        for part, pattern in ((self.decoder, "config.json"), (self.decoder, "rank*")):
             if not any(part.glob(pattern)):
                 raise NvlmError(f"{part} has no {pattern}", hint="build it first: `nvlm build`")
         if not self.tokenizer.is_file():
@@ -62,7 +69,7 @@ def write_repository(folder: Path, sources: RepositorySources, choices: ServingC
     folder and rename it (`artifacts.replace_folder`, or a pipeline step).
     """
     sources.checked()
-    vision_files = sorted(sources.vision.glob(f"{VISION_FILE}*"))
+    vision_files = sources.vision_files
     digest = sha256_of_json([sha256_of(file) for file in vision_files])
     for config in ensemble_configs(sources.spec, choices, vision_digest=digest):
         version = folder / config.name / VERSION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from nvlm_deploy.cli.options import (
     ProfileOption,
     WorkspaceOption,
 )
-from nvlm_deploy.recipe import STEP_NAMES, Recipe
+from nvlm_deploy.recipe import Recipe
+from nvlm_deploy.report.progress import BytesProgress
+from nvlm_deploy.steps.order import STEPS, pipeline_of
 
 HELP = {
-    "export-vision": "Vision encoder and projector to ONNX, checked against torch after re-reading.",
+    "export-vision": "Vision encoder and projector to ONNX: weights streamed, read back, resumable.",
+    "build-vision": "Numerics gate, then the engine of the profile's vision runtime.",
     "quantize-llm": "Decoder to a TensorRT-LLM checkpoint, FP8 scales from calibration samples.",
     "assemble": "Triton model repository from built artifacts; every config re-parsed and cross-checked.",
 }
@@ -33,7 +37,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="build", help="All steps from a checkpoint to a Triton repository; finished ones are kept.")(
         _verb()
     )
-    for step in STEP_NAMES:
+    for step in STEPS:
         app.command(name=step, help=HELP[step])(_verb(only=step))
 
 
@@ -58,23 +62,20 @@ def _verb(only: str | None = None) -> Callable[..., None]:
         dry_run: DryRunOption = False,
         json_output: JsonOption = False,
     ) -> None:
-        request = Request(_recipe(checkpoint, profile, workspace, calibration), force, only)
-        _execute(request, dry_run=dry_run, json_output=json_output)
+        from nvlm_deploy.profile import load_profile
+
+        with contextlib.closing(BytesProgress()) as progress:
+            recipe = Recipe(checkpoint, load_profile(profile), workspace, calibration, progress)
+            _execute(Request(recipe, force, only), dry_run=dry_run, json_output=json_output)
 
     return run
-
-
-def _recipe(checkpoint: Path, profile: str, workspace: Path, calibration: Path | None) -> Recipe:
-    from nvlm_deploy.profile import load_profile
-
-    return Recipe(checkpoint, load_profile(profile), workspace, calibration)
 
 
 def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
     console = Console(stderr=True, highlight=False)
     rows: list[dict[str, str | float]] = []
     started = time.monotonic()
-    pipeline = request.recipe.pipeline(request.only)
+    pipeline = pipeline_of(request.recipe, request.only)
     if dry_run:
         rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan(force=request.force)]
     else:

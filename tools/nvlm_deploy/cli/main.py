@@ -57,7 +57,7 @@ def _exit_code(arguments: list[str]) -> int:
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
         return _misused(problem.format_message(), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; nothing is left half-written", file=sys.stderr)
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
     except (BrokenPipeError, SystemExit):  # typer turns a closed pipe into SystemExit
         return _quiet_broken_pipe()

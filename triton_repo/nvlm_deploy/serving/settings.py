@@ -14,6 +14,7 @@ from nvlm_deploy.model.spec import DecoderSpec, ModelSpec, ProjectorSpec, Prompt
 SPEC_FILE = "model_spec.json"
 TOKENIZER_FILE = "tokenizer.json"
 VISION_FILE = "vision.onnx"
+PLAN_FILE = "vision.plan"
 
 
 class ServingSettings:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.serving import backend
-from nvlm_deploy.serving.settings import VISION_FILE, ServingSettings
-from nvlm_deploy.tensors import EMBEDDINGS, PROMPT_EMBEDDING_TABLE, PROMPT_VOCAB_SIZE, TILES
+from nvlm_deploy.serving.engine import open_engine
+from nvlm_deploy.serving.settings import ServingSettings
+from nvlm_deploy.tensors import PROMPT_EMBEDDING_TABLE, PROMPT_VOCAB_SIZE, TILES
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TritonPythonModel:
     """What Triton calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the ONNX graph beside `model.py` and run it once: the first request should not pay for imports."""
+        """Open the engine beside `model.py` and run it once: the first request should not pay for imports."""
         backend.set_up_logging()
         settings = ServingSettings(args)
         self.hidden_size = settings.integer("hidden_size")
         self.max_tiles_per_run = settings.integer("max_tiles_per_run")
-        self.session = open_session(settings.folder / VISION_FILE, threads=settings.integer("threads"))
-        size = self.session.get_inputs()[0].shape[1]
+        self.engine = open_engine(settings.folder, settings.text("runtime"), threads=settings.integer("threads"))
+        size = self.engine.tile_size
         self._prompt_table(self._rows(np.zeros((1, size, size, 3), dtype=np.uint8)))
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -40,29 +43,26 @@ class TritonPythonModel:
         except Exception as problem:
             return backend.error_response(problem)
 
-    def _rows(self, tiles: NDArray[Any]) -> NDArray[Any]:
-        """float32 [rows, hidden]: all tokens of all tiles, in order.
+    def _rows(self, tiles: NDArray[Any]) -> torch.Tensor:
+        """[rows, hidden]: all tokens of all tiles, in order.
 
         A text-only request has no tiles and runs no engine. It still gets one row, to which no id refers: a table
         without rows is not known to be legal for the C++ backend, and an ensemble step cannot be left out.
         """
+        import torch
+
         if len(tiles) == 0:
-            return np.zeros((1, self.hidden_size), dtype=np.float32)
+            return torch.zeros(1, self.hidden_size)
         starts = range(0, len(tiles), self.max_tiles_per_run)
-        runs = [self._run(tiles[start : start + self.max_tiles_per_run]) for start in starts]
-        rows: NDArray[Any] = np.concatenate(runs).reshape(-1, self.hidden_size)
-        return rows
+        runs = [self.engine(tiles[start : start + self.max_tiles_per_run]) for start in starts]
+        return torch.cat(runs).reshape(-1, self.hidden_size)
 
-    def _run(self, tiles: NDArray[Any]) -> NDArray[Any]:
-        (embeddings,) = self.session.run([EMBEDDINGS.name], {TILES.name: tiles})
-        return np.asarray(embeddings)
-
-    def _prompt_table(self, rows: NDArray[Any]) -> Any:
+    def _prompt_table(self, rows: torch.Tensor) -> Any:
         """BF16 has no numpy form; it leaves by DLPack."""
         import torch
 
         utils = backend.backend_module()
-        table = torch.from_numpy(rows).to(torch.bfloat16)[None]
+        table = rows.to(torch.bfloat16)[None]
         count = np.array([[len(rows)]], dtype=np.int32)
         return utils.InferenceResponse(
             [
@@ -70,14 +70,3 @@ class TritonPythonModel:
                 utils.Tensor(PROMPT_VOCAB_SIZE.name, count),
             ]
         )
-
-
-def open_session(onnx: Path, *, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU with a bounded number of threads that do not spin while idle."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,1 @@
+"""The steps of a build: what each reads, what it writes, and when it is up to date."""

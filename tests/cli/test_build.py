@@ -141,8 +141,8 @@ def test_a_disk_that_fills_up_while_building_is_said_and_the_build_goes_on_after
     (tmp_path / "build.py").write_text(program)
     script = (
         f"mount -t tmpfs -o size=4m tmpfs {disk} && {{ {sys.executable} {tmp_path}/build.py; echo exit $?; }};"
-        f"find {disk} -name '.partial-[!b]*'; mount -o remount,size=200m {disk} && {sys.executable} {tmp_path}/build.py;"
-        " echo exit $?"
+        f"find {disk} -name '.partial-[!b]*'; mount -o remount,size=200m {disk} && "
+        f"{sys.executable} {tmp_path}/build.py; echo exit $?"
     )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
     if "mount" in done.stderr and "exit" not in done.stdout:

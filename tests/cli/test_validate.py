@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +34,9 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Questions, "to_server", to_server)
 
 
-def exit_code(*arguments: str) -> object:
+def exit_code(*arguments: str, verb: str = "accuracy") -> object:
     with pytest.raises(SystemExit) as ended:
-        run(["validate", "accuracy", *arguments])
+        run(["validate", verb, *arguments])
     return ended.value.code
 
 
@@ -76,3 +78,73 @@ def test_json_is_one_document_with_both_models_and_the_verdict(
 def test_samples_that_are_not_there_are_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(str(tmp_path), "--samples", str(tmp_path)) == 2
     assert "samples.jsonl" in capsys.readouterr().err
+
+
+@pytest.fixture
+def wrong_vision(exported_vision: Path, tmp_path: Path) -> Path:
+    """The graph of `random_checkpoint` with GELU's approximation in block 2."""
+    import onnx
+
+    model = onnx.load(exported_vision, load_external_data=False)
+    next(node for node in model.graph.node if "block.2.gelu" in node.output).attribute[0].s = b"tanh"
+    shutil.copyfile(exported_vision.with_name("vision.onnx.data"), tmp_path / "vision.onnx.data")
+    onnx.save(model, tmp_path / "vision.onnx")
+    return tmp_path / "vision.onnx"
+
+
+def numerics(checkpoint: Any, *more: str) -> object:
+    return exit_code(str(checkpoint.folder), *more, verb="numerics")
+
+
+def test_a_healthy_graph_is_exit_code_0_with_a_line_per_stage(
+    random_checkpoint: Any, exported_vision: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert numerics(random_checkpoint, "--onnx", str(exported_vision)) == 0
+    shown = capsys.readouterr()
+    for stage in ("pixels", "patch_embedding", "block.0", "block.3", "pixel_shuffle", "embeddings"):
+        assert stage in shown.out
+    assert "fp32 graph: cosine 1.0000000 on 2 tiles" in shown.out
+    assert "stages compared: 6" in shown.err
+
+
+def test_the_table_is_80_columns_wide(
+    random_checkpoint: Any, wrong_vision: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numerics(random_checkpoint, "--onnx", str(wrong_vision))
+    table = capsys.readouterr().out.partition("block 2: GELU")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    assert not [line for line in table if "…" in line]
+    assert [line.split()[0] for line in table if line.rstrip().endswith("NO")] == ["block.2"]
+
+
+def test_a_wrong_graph_is_exit_code_1_with_the_bisections_sentence(
+    random_checkpoint: Any, wrong_vision: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert numerics(random_checkpoint, "--onnx", str(wrong_vision)) == 1
+    assert "block 2: GELU in its tanh approximation" in capsys.readouterr().out
+
+
+def test_numerics_as_json_are_one_document(
+    random_checkpoint: Any, wrong_vision: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert numerics(random_checkpoint, "--onnx", str(wrong_vision), "--tiles", "3", "--json") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["passed"], document["precision"], document["tiles"]) == (False, "fp32", 3)
+    assert document["sentence"].startswith("block 2: GELU")
+    assert len(document["end"]["per_tile"]["cosine"]) == 3
+    assert [stage["stage"] for stage in document["stages"] if not stage["holds"]] == ["block.2"]
+
+
+def test_the_samples_pictures_are_compared_too(
+    random_checkpoint: Any, exported_vision: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heldout = Path(__file__).parents[1] / "models" / "heldout"
+    assert numerics(random_checkpoint, "--onnx", str(exported_vision), "--samples", str(heldout), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] == 4
+
+
+def test_a_graph_that_was_not_built_is_wrong_input(
+    random_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert numerics(random_checkpoint, "--workspace", str(tmp_path), "--json") == 2
+    assert "no vision graph" in json.loads(capsys.readouterr().out)["error"]["message"]

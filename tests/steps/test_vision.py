@@ -61,7 +61,7 @@ def test_a_graph_that_fails_its_gate_never_becomes_an_engine(exported, tmp_path)
         run_step(build_vision(recipe))
     assert failure.value.exit_code == 1
     assert not recipe.vision_engine_folder.exists()
-    with pytest.raises(NvlmError, match=r"no input .*vision-engine"):
+    with pytest.raises(NvlmError, match="vision-engine"):
         list(pipeline_of(recipe, "assemble").run())
 
 

@@ -17,8 +17,8 @@ from nvlm_deploy.model.vision import vision_tower_from_checkpoint
 from nvlm_deploy.vision import calibrate
 from nvlm_deploy.vision.calibrate import TILES_PER_RUN, VisionCalibration, calibrate_vision, magnitude
 from nvlm_deploy.vision.calibration_state import PROGRESS_NAME, CalibrationState
-from nvlm_deploy.vision.compare import noise_tiles
 from nvlm_deploy.vision.heads import pruned, real_chunks
+from nvlm_deploy.vision.numerics.compare import noise_tiles
 from nvlm_deploy.vision.qdq import LINEAR_INPUTS
 from nvlm_deploy.vision.stages import Stage
 

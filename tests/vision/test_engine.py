@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.vision.compare import noise_tiles
 from nvlm_deploy.vision.engine import TILES_PER_RUN, OnnxRuntimeEngine
+from nvlm_deploy.vision.numerics.compare import noise_tiles
 
 
 @pytest.fixture(scope="module")

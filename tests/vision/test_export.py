@@ -17,9 +17,9 @@ from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
-from nvlm_deploy.vision.compare import cosines, noise_tiles
 from nvlm_deploy.vision.engine import OnnxRuntimeEngine
 from nvlm_deploy.vision.export import DATA_NAME, ONNX_NAME, VisionExport, onnx_from_checkpoint
+from nvlm_deploy.vision.numerics.compare import cosines, noise_tiles
 from nvlm_deploy.vision.stages import stages
 from nvlm_deploy.vision.trace import require_borders, traced_stage
 

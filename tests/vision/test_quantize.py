@@ -29,11 +29,11 @@ from nvlm_deploy.model.vision import VisionTower, vision_tower_from_checkpoint
 from nvlm_deploy.progress import silent
 from nvlm_deploy.samples import read_samples
 from nvlm_deploy.vision.calibrate import VisionCalibration, calibrate_vision
-from nvlm_deploy.vision.compare import cosines
 from nvlm_deploy.vision.engine import OnnxRuntimeEngine
 from nvlm_deploy.vision.export import CALIBRATION_NAME, ONNX_NAME, Fp8Source, VisionExport
 from nvlm_deploy.vision.external_data import Weight, weight_of_tensor
 from nvlm_deploy.vision.heads import pruned, real_chunks
+from nvlm_deploy.vision.numerics.compare import cosines
 from nvlm_deploy.vision.qdq import LINEAR_INPUTS, SOFTMAX_SCALE, ZERO_POINT, Fp8Choice
 from nvlm_deploy.vision.quantize import bf16_scale, quantised_weights
 from nvlm_deploy.vision.stages import stages

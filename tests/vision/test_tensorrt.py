@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.sku import load_sku
 from nvlm_deploy.vision import tensorrt, tensorrt_build
-from nvlm_deploy.vision.compare import noise_tiles
+from nvlm_deploy.vision.numerics.compare import noise_tiles
 from nvlm_deploy.vision.tensorrt import BuildSettings, TileRange, engine_from_onnx, precision_of, tile_range
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="its wheels are for x86-64 Linux (extra `test`)")

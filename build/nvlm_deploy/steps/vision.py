@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,15 @@ from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import Recipe
+from nvlm_deploy.sample_embeddings import tiles_of_file
+from nvlm_deploy.samples import Sample
 from nvlm_deploy.sku import load_sku
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from nvlm_deploy.model.spec import ModelSpec
     from nvlm_deploy.vision.export import Fp8Source
 
 ONNX_RUNTIME = "onnxruntime"
@@ -52,10 +55,10 @@ def build_vision(recipe: Recipe) -> Step:
     settings = choice.model_dump(exclude=FP8_CHOICES) | {"sku": sku.model_dump(mode="json")}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        from nvlm_deploy.vision.compare import noise_tiles
-        from nvlm_deploy.vision.numerics import require_numerics
+        from nvlm_deploy.vision.numerics.check import require_numerics
 
-        tiles = noise_tiles(choice.gate_tiles, recipe.spec.tiling.tile_size)
+        samples = recipe.samples() if recipe.calibration_folder else ()
+        tiles = gate_tiles(recipe.spec, choice.gate_tiles, samples)
         report = require_numerics(recipe.vision_onnx, recipe.checkpoint, recipe.spec, tiles)
         _write_engine(recipe, folder)
         write_text(folder / REPORT_NAME, json.dumps(report.as_json(), indent=1) + "\n")
@@ -89,17 +92,32 @@ def _write_engine(recipe: Recipe, folder: Path) -> None:
     )
 
 
+def gate_tiles(spec: ModelSpec, count: int, samples: Sequence[Sample] = ()) -> npt.NDArray[np.uint8]:
+    """What the numerics gate looks at, uint8 [tiles, S, S, 3]: the first tiles of the samples' pictures, else noise.
+
+    FP8 is calibrated with pictures: noise may lie outside of what its scales hold.
+    """
+    import numpy as np
+
+    from nvlm_deploy.vision.numerics.compare import noise_tiles
+
+    tiles, found = [], 0
+    for path in _pictures(samples):
+        if found < count:
+            tiles.append(tiles_of_file(path, spec.tiling)[: count - found])
+            found += len(tiles[-1])
+    return np.concatenate(tiles) if tiles else noise_tiles(count, spec.tiling.tile_size)
+
+
+def _pictures(samples: Sequence[Sample]) -> list[Path]:
+    return list(dict.fromkeys(image for sample in samples for image in sample.images))
+
+
 def _fp8_source(recipe: Recipe) -> Fp8Source:
+    """With the tiles of every picture in the calibration list, once each."""
     from nvlm_deploy.vision.export import Fp8Source
     from nvlm_deploy.vision.qdq import Fp8Choice
 
     choice = recipe.profile.vision
-    return Fp8Source(Fp8Choice(choice.weight_scales, choice.fp8_attention), _calibration_pictures(recipe))
-
-
-def _calibration_pictures(recipe: Recipe) -> list[npt.NDArray[np.uint8]]:
-    """The tiles of every picture in the calibration list, once each."""
-    from nvlm_deploy.sample_embeddings import tiles_of_file
-
-    paths = dict.fromkeys(image for sample in recipe.samples() for image in sample.images)
-    return [tiles_of_file(path, recipe.spec.tiling) for path in paths]
+    tiles = [tiles_of_file(path, recipe.spec.tiling) for path in _pictures(recipe.samples())]
+    return Fp8Source(Fp8Choice(choice.weight_scales, choice.fp8_attention), tiles)

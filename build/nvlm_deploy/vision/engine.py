@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,3 +47,31 @@ class OnnxRuntimeEngine:
             chunk = slice(start, start + TILES_PER_RUN)
             (embeddings[chunk],) = self._session.run([EMBEDDINGS.name], {TILES.name: tiles[chunk]})
         return embeddings
+
+
+def run_graph(
+    graph: bytes,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    outputs: Sequence[str],
+    *,
+    data_folder: Path,
+    threads: int | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Run a serialised graph once, operator by operator as it is written: nothing is fused or folded.
+
+    Its external weights are mapped from files in `data_folder`. Raises NvlmError when it cannot be loaded or run.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = False  # it would keep every cast weight until the end
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data_folder))
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        found: list[npt.NDArray[np.float32]] = session.run(list(outputs), dict(inputs))
+    except Exception as problem:  # ONNX Runtime's exception classes are private
+        raise NvlmError(f"the graph in {data_folder} cannot be run: {problem}") from problem
+    return found

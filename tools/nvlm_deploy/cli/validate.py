@@ -14,6 +14,7 @@ from nvlm_deploy.cli.options import CheckpointArgument, JsonOption, ProfileOptio
 if TYPE_CHECKING:
     from nvlm_deploy.report.measurement import Verdict
     from nvlm_deploy.validate.tasks import Comparison
+    from nvlm_deploy.vision.numerics.report import NumericsReport
 
 group = typer.Typer(help="Compare a candidate with its reference.", no_args_is_help=True)
 
@@ -59,6 +60,49 @@ def accuracy(
     verdict = drop_verdict(comparison, max_drop_points=max_drop)
     _print_json(comparison, verdict, profile) if json_output else _print_tables(comparison, verdict, profile)
     raise typer.Exit(0 if verdict.holds else 1)
+
+
+@group.command()
+def numerics(
+    checkpoint: CheckpointArgument,
+    profile: ProfileOption = "cpu",
+    workspace: WorkspaceOption = Path(),
+    onnx: Annotated[Path | None, typer.Option(help="This graph, not the one built for the profile.")] = None,
+    tiles: Annotated[int, typer.Option(min=1, help="How many tiles.")] = 2,
+    samples: Annotated[
+        Path | None, typer.Option(help="Folder with samples.jsonl: tiles of its pictures, not noise.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The vision graph against torch in float32, stage by stage; on failure the operation that broke.
+
+    One stage's weights are in memory at a time. Without --onnx it is the graph that `nvlm build` made.
+    """
+    from nvlm_deploy.profile import load_profile
+    from nvlm_deploy.recipe import Recipe
+    from nvlm_deploy.report.progress import progress
+    from nvlm_deploy.samples import read_samples
+    from nvlm_deploy.steps.vision import gate_tiles
+    from nvlm_deploy.vision.numerics.check import check_numerics
+    from nvlm_deploy.vision.stages import stages
+
+    recipe = Recipe(checkpoint, load_profile(profile), workspace)
+    spec, graph = recipe.spec, onnx or recipe.vision_onnx
+    given = gate_tiles(spec, tiles, read_samples(samples) if samples else ())
+    with progress("stages compared", len(stages(spec.vision))) as on_stage:
+        report = check_numerics(graph, recipe.checkpoint, spec, given, on_stage=on_stage)
+    print(json.dumps(report.as_json(), indent=2)) if json_output else _print_numerics(report)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _print_numerics(report: NumericsReport) -> None:
+    from nvlm_deploy.validate.numerics import numerics_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(numerics_table(report))
+    console.print(report.sentence, markup=False)
+    for finding in report.findings[1:]:
+        console.print(f"  {finding}", markup=False)
 
 
 def _print_json(comparison: Comparison, verdict: Verdict, candidate: str) -> None:

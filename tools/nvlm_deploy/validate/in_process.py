@@ -59,7 +59,7 @@ def built_model(recipe: Recipe) -> InProcessModel:
 
     Raises NvlmError when it has not been built.
     """
-    encoder = OnnxRuntimeEngine(recipe.vision_folder / VISION_FILE)
+    encoder = OnnxRuntimeEngine(recipe.vision_engine_folder / VISION_FILE)
     return _model(recipe, encoder, decoder_from_trtllm(recipe.decoder_folder))
 
 

@@ -135,12 +135,17 @@ def test_numerics_as_json_are_one_document(
     assert [stage["stage"] for stage in document["stages"] if not stage["holds"]] == ["block.2"]
 
 
-def test_the_samples_pictures_are_compared_too(
+def test_the_samples_pictures_are_compared_instead_of_noise(
     random_checkpoint: Any, exported_vision: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heldout = Path(__file__).parents[1] / "models" / "heldout"
-    assert numerics(random_checkpoint, "--onnx", str(exported_vision), "--samples", str(heldout), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["tiles"] == 4
+    cosines = []
+    for samples in ([], ["--samples", str(heldout)]):
+        assert numerics(random_checkpoint, "--onnx", str(exported_vision), "--tiles", "3", *samples, "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["tiles"] == 3
+        cosines.append(document["end"]["per_tile"]["cosine"])
+    assert cosines[0] != cosines[1]
 
 
 def test_a_graph_that_was_not_built_is_wrong_input(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 MODELS = Path(__file__).parent / "models"
 if str(MODELS) not in sys.path:  # tests/models is a folder of scripts that import one another
     sys.path.insert(0, str(MODELS))
+
+# a shell that starts us in the background has SIGINT ignored, and every child would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CheckpointMaker = Callable[..., Any]
 

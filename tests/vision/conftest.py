@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,36 @@ ExportOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def export_vision(tmp_path_factory) -> ExportOf:
+def traced_once() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """In this context a stage of the same shape is traced once in a session; not for tests of the tracing itself.
+
+    Tracing is nine tenths of a small model's export.
+    """
+    from nvlm_deploy.vision import trace
+
+    traced, done = trace.traced_stage, {}
+
+    def once(stage: Any, spec: Any, dtype: Any) -> Any:
+        vision = replace(spec.vision, layers=1)
+        key = (stage.kind, vision, spec.projector, spec.tiling.tile_size, spec.decoder.hidden_size, dtype)
+        if key not in done:
+            done[key] = traced(stage, spec, dtype)
+        model = done[key].clone()
+        for value in model.graph.initializers.values():
+            value.type = copy(value.type)  # a clone shares it, and quantise_block changes it
+        return model
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(trace, "traced_stage", once)
+            yield
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def export_vision(tmp_path_factory, traced_once) -> ExportOf:
     """vision.onnx of a checkpoint in a precision; FP8 is calibrated with noise and flat tiles. Do not write to it."""
     import numpy as np
 
@@ -39,7 +71,8 @@ def export_vision(tmp_path_factory) -> ExportOf:
         pictures = [*(noise_tiles(7, size, seed=seed) for seed in range(1, 5)), *flat]
         fp8 = Fp8Source(Fp8Choice(attention=attention), pictures) if precision == "fp8" else None
         folder = tmp_path_factory.mktemp(f"vision_{precision}") / "vision"
-        return onnx_from_checkpoint(checkpoint, spec, folder, precision=precision, fp8=fp8)
+        with traced_once():
+            return onnx_from_checkpoint(checkpoint, spec, folder, precision=precision, fp8=fp8)
 
     return export
 

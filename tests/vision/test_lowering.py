@@ -145,3 +145,13 @@ def test_a_lowered_folder_runs_in_the_engine_on_the_same_weights(short_checkpoin
 
 def test_the_graph_on_disk_is_valid_onnx(short_checkpoint, export_vision, tmp_path: Path):
     onnx.checker.check_model(str(write_lowered(export_vision(short_checkpoint, "bf16"), tmp_path)), full_check=True)
+
+
+def test_lowering_a_lowered_graph_gives_no_name_twice_and_the_same_result(short_checkpoint, export_vision, tmp_path):
+    once = write_lowered(export_vision(short_checkpoint, "fp8"), tmp_path / "once")
+    twice = write_lowered(once, tmp_path / "twice")
+    graph = onnx.load(twice, load_external_data=False).graph
+    for names in ([node.name for node in graph.node], [name for node in graph.node for name in node.output]):
+        assert len(set(names)) == len(names)
+    tiles = noise_tiles(2, 56)
+    assert np.array_equal(OnnxRuntimeEngine(twice, threads=1)(tiles), OnnxRuntimeEngine(once, threads=1)(tiles))

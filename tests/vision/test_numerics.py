@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.errors import NvlmError, RejectedError
 from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
+from nvlm_deploy.vision.lowering import write_lowered
 from nvlm_deploy.vision.numerics import subgraph
 from nvlm_deploy.vision.numerics.check import check_numerics, require_numerics
 from nvlm_deploy.vision.numerics.compare import difference, noise_tiles
+from nvlm_deploy.vision.numerics.engine_check import require_engine
 from nvlm_deploy.vision.numerics.operations import parameters_of
 from nvlm_deploy.vision.numerics.reference import StageReference
 from nvlm_deploy.vision.stages import states_by_stage
@@ -104,38 +106,49 @@ def test_one_stages_weights_are_in_memory_at_a_time(short_checkpoint, export_vis
 
     monkeypatch.setattr(subgraph, "run_graph", spy)
     assert check(path, short_checkpoint).passed
-    assert len(sizes) == 8  # of four stages each operation by itself, and its own states
+    # of four stages the operations, two runs of its own states, and of three the probes: norms, then the others
+    assert len(sizes) == 4 + 4 * 2 + 3 * 2
     assert max(sizes) < path.with_name("vision.onnx.data").stat().st_size / 2
 
 
-def test_a_graph_without_names_is_compared_at_its_end_and_the_report_says_so(short_checkpoint, export_vision, tmp_path):
-    def rename(graph) -> None:
+def renamed(*names: str):
+    """These values under other names, as optimisers leave them."""
+
+    def edit(graph) -> None:
         for node in graph.node:
-            for names in (node.input, node.output):
-                for index, name in enumerate(names):
-                    if name.startswith("block.0"):
-                        names[index] = f"foreign/{name}"
+            for side in (node.input, node.output):
+                side[:] = [f"foreign/{name}" if name in names else name for name in side]
         del graph.value_info[:]
 
-    report = check(edited(export_vision(short_checkpoint, "bf16"), tmp_path, rename), short_checkpoint)
-    assert report.passed
-    assert "cannot be bisected: the graph has no value named block.0" in report.sentence
-    assert [stage.name for stage in report.stages] == ["embeddings"]
+    return edit
 
 
-def test_a_wrong_graph_without_names_fails_at_its_end(short_checkpoint, export_vision, tmp_path):
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["block.0"], "block 0: MLP residual: the graph has no value named block.0: what computes it is not judged"),
+        (["block.1.fc1", "block.1.gelu"], "block 1: fc1: the graph has no value named block.1.fc1 and 1 more"),
+    ],
+    ids=["between stages", "inside of a stage"],
+)
+def test_a_graph_that_has_lost_names_does_not_pass(short_checkpoint, export_vision, tmp_path, names, words):
+    path = edited(export_vision(short_checkpoint, "bf16"), tmp_path, renamed(*names))
+    report = check(path, short_checkpoint)
+    assert report.sentence.startswith(words)
+    assert report.end.cosine > 0.999
+    with pytest.raises(RejectedError, match=f"no value named {names[0]}"):
+        require_numerics(path, short_checkpoint, spec_from_checkpoint(short_checkpoint), TILES, threads=1)
+
+
+def test_a_wrong_graph_without_names_fails_at_its_end_as_well(short_checkpoint, export_vision, tmp_path):
     def spoil(graph) -> None:
         for node in graph.node:
-            if "block.1.norm2" in node.output:
-                node.output[0] = "nameless"
-            node.input[:] = ["nameless" if name == "block.1.norm2" else name for name in node.input]
-            node.output[:] = ["other" if name == "block.1" else name for name in node.output]
             node.input[:] = ["block.1.fc2" if name == "block.1" else name for name in node.input]
-        del graph.value_info[:]
+        renamed("block.1")(graph)
 
     report = check(edited(export_vision(short_checkpoint, "fp32"), tmp_path, spoil), short_checkpoint)
-    assert "embeddings: cosine" in report.sentence
-    assert "cannot be bisected" in report.sentence
+    assert [stage.name for stage in report.stages] == ["embeddings"]
+    assert "embeddings: cosine" in "; ".join(map(str, report.findings))
 
 
 def test_a_stage_that_is_bypassed_is_told_by_the_wiring(short_checkpoint, export_vision, tmp_path):
@@ -145,7 +158,7 @@ def test_a_stage_that_is_bypassed_is_told_by_the_wiring(short_checkpoint, export
                 node.input[:] = ["patch_embedding" if name == "block.0" else name for name in node.input]
 
     report = check(edited(export_vision(short_checkpoint, "fp32"), tmp_path, bypass), short_checkpoint)
-    assert "block.1 reads patch_embedding, not block.0" in report.sentence
+    assert "the stages: it cannot be bisected: block.1 reads patch_embedding, not block.0" in report.sentence
 
 
 def test_an_error_that_only_grows_is_told_honestly(short_checkpoint, export_vision, monkeypatch):
@@ -179,15 +192,88 @@ def test_requiring_raises_with_the_bisections_sentence(short_checkpoint, export_
         require_numerics(path, short_checkpoint, spec_from_checkpoint(short_checkpoint), TILES)
 
 
+def test_operations_may_be_compared_on_fewer_tiles_than_the_end(short_checkpoint, export_vision):
+    report = check(export_vision(short_checkpoint, "bf16"), short_checkpoint, noise_tiles(11, 56), bisected=2)
+    assert (report.passed, report.tiles, len(report.end.cosines)) == (True, 2, 11)
+    assert "on 11 tiles" in report.sentence
+    assert {len(operation.judged.difference.cosines) for stage in report.stages for operation in stage.operations} == {
+        2
+    }
+
+
+# --- what is served
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_lowered_graph_can_be_judged_as_the_graph_it_was_made_of(
+    short_checkpoint, export_vision, tmp_path, precision
+):
+    path = write_lowered(export_vision(short_checkpoint, precision), tmp_path)
+    report = check(path, short_checkpoint)
+    assert (report.passed, report.precision) == (True, precision), report.sentence
+
+
+@pytest.fixture
+def judged(short_checkpoint, export_vision, tmp_path):
+    """A lowered graph and the reference's embeddings of TILES."""
+    source = export_vision(short_checkpoint, "bf16")
+    return write_lowered(source, tmp_path / "engine"), check(source, short_checkpoint).expected
+
+
+def test_the_engine_is_judged_as_it_is_served(judged):
+    path, expected = judged
+    assert require_engine(path, TILES, expected, "bf16", threads=1).cosine > 0.999
+
+
+def test_an_engine_of_other_weights_is_rejected(judged):
+    path, expected = judged
+    weights = np.fromfile(path.with_name("vision.onnx.data"), np.uint16)
+    weights[len(weights) // 2 :][:5000] ^= 0x4000
+    weights.tofile(path.with_name("vision.onnx.data"))
+    with pytest.raises(RejectedError, match=r"vision\.onnx, whose graph passes its gate: .*(cosine|NaN)"):
+        require_engine(path, TILES, expected, "bf16", threads=1)
+
+
+def test_an_engine_that_does_not_run_is_rejected(judged):
+    path, expected = judged
+    path.with_name("vision.onnx.data").unlink()
+    with pytest.raises(RejectedError, match=r"the engine vision\.onnx does not run: .*vision\.onnx\.data"):
+        require_engine(path, TILES, expected, "bf16", threads=1)
+
+
+# --- files
+
+
 def test_a_missing_graph_is_named(short_checkpoint, tmp_path):
     with pytest.raises(NvlmError, match=r"no vision graph .*vision\.onnx"):
         check(tmp_path / "vision.onnx", short_checkpoint)
 
 
-def test_a_file_that_is_no_graph_is_named(short_checkpoint, tmp_path):
-    (tmp_path / "vision.onnx").write_bytes(b"\xff\xff not a graph")
-    with pytest.raises(NvlmError, match=r"vision\.onnx cannot be read"):
+def test_a_folder_stands_for_the_graph_in_it(short_checkpoint, export_vision, tmp_path):
+    assert check(export_vision(short_checkpoint, "fp32").parent, short_checkpoint).passed
+    with pytest.raises(NvlmError, match=r"no vision graph .*vision\.onnx"):
+        check(tmp_path, short_checkpoint)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"\xff\xff not a graph", "cannot be read"), (b"", "is empty")])
+def test_a_file_that_is_no_graph_is_named(short_checkpoint, tmp_path, content, words):
+    (tmp_path / "vision.onnx").write_bytes(content)
+    with pytest.raises(NvlmError, match=rf"vision\.onnx {words}"):
         check(tmp_path / "vision.onnx", short_checkpoint)
+
+
+def test_a_graph_without_its_data_is_told_before_anything_is_run(short_checkpoint, export_vision, tmp_path):
+    source = export_vision(short_checkpoint, "bf16")
+    path, data = tmp_path / "vision.onnx", tmp_path / "vision.onnx.data"
+    shutil.copyfile(source, path)
+    with pytest.raises(
+        NvlmError, match=r"vision\.onnx\.data is missing: vision\.onnx has its weights there"
+    ) as failure:
+        check(path, short_checkpoint)
+    assert "nvlm export-vision --force" in str(failure.value.hint)
+    data.write_bytes(source.with_name(data.name).read_bytes()[:500_000])
+    with pytest.raises(NvlmError, match=r"vision\.onnx\.data has 500,000 bytes, vision\.onnx needs \d,\d{3},\d{3}"):
+        check(path, short_checkpoint)
 
 
 def test_a_graph_of_another_model_is_refused(short_checkpoint, export_vision, tmp_path):

@@ -65,6 +65,12 @@ class Trained:
         return folder / ONNX_NAME
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once(traced_once) -> Iterator[None]:
+    with traced_once():
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_folder) -> Trained:
     checkpoint = Checkpoint.open(tiny_folder)

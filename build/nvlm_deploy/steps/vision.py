@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import write_text
+from nvlm_deploy.fingerprint import built_here
+from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import Recipe
@@ -20,11 +24,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from nvlm_deploy.model.spec import ModelSpec
+    from nvlm_deploy.vision.engine import OnnxRuntimeEngine
     from nvlm_deploy.vision.export import Fp8Source
+    from nvlm_deploy.vision.numerics.report import NumericsReport
 
 ONNX_RUNTIME = "onnxruntime"
 REPORT_NAME = "numerics.json"
 TOOLS = {ONNX_RUNTIME: "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx_cu13_libs"}
+# FP8's end is judged on up to so many tiles, as long as they take no more than so much arithmetic
+FP8_END_TILES, END_FLOPS = 32, 1e12
 FP8_CHOICES = {"weight_scales", "fp8_attention"}
 
 
@@ -52,19 +60,66 @@ def build_vision(recipe: Recipe) -> Step:
     """The engine of the profile's runtime; a graph that fails the numerics gate never becomes one."""
     choice, sku = recipe.profile.vision, load_sku(recipe.profile.sku)
     inputs = {"vision": recipe.vision_folder, **recipe.checkpoint_inputs()}
-    settings = choice.model_dump(exclude=FP8_CHOICES) | {"sku": sku.model_dump(mode="json")}
+    settings = choice.model_dump(exclude=FP8_CHOICES) | {"sku": sku.build_facts}
 
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.vision.numerics.check import require_numerics
 
         samples = recipe.samples() if recipe.calibration_folder else ()
-        tiles = gate_tiles(recipe.spec, choice.gate_tiles, samples)
-        report = require_numerics(recipe.vision_onnx, recipe.checkpoint, recipe.spec, tiles)
+        count = end_tiles(recipe.spec, choice.gate_tiles, choice.precision, samples)
+        tiles = gate_tiles(recipe.spec, count, samples)
+        report = require_numerics(recipe.vision_onnx, recipe.checkpoint, recipe.spec, tiles, bisected=choice.gate_tiles)
         _write_engine(recipe, folder)
-        write_text(folder / REPORT_NAME, json.dumps(report.as_json(), indent=1) + "\n")
+        document = report.as_json() | {"engine": _judged_engine(recipe, folder, tiles, report)}
+        write_text(folder / REPORT_NAME, json.dumps(document, indent=1) + "\n")
         return {"numerics": report.sentence}
 
-    return Step("build-vision", recipe.vision_engine_folder, inputs, settings, make, (TOOLS[choice.runtime],))
+    return Step(
+        "build-vision",
+        recipe.vision_engine_folder,
+        inputs,
+        settings,
+        make,
+        (TOOLS[choice.runtime],),
+        revision=2,
+        bound_to=partial(built_here, choice.runtime, compute_capability=sku.compute_capability),
+    )
+
+
+def require_served_engine(
+    recipe: Recipe, tiles: npt.NDArray[np.uint8], report: NumericsReport
+) -> dict[str, Any] | None:
+    """The engine in the workspace, judged on `tiles`; None where there is none yet.
+
+    Raises RejectedError when it fails although the graph in `report` has passed.
+    """
+    folder = recipe.vision_engine_folder
+    return _judged_engine(recipe, folder, tiles, report) if folder.exists() else None
+
+
+def _judged_engine(
+    recipe: Recipe, folder: Path, tiles: npt.NDArray[np.uint8], report: NumericsReport
+) -> dict[str, Any]:
+    """What is served, judged by itself: another program made it of the graph that passed."""
+    from nvlm_deploy.vision.numerics.engine_check import require_engine
+    from nvlm_deploy.vision.numerics.report import difference_as_json
+
+    if recipe.profile.vision.runtime != ONNX_RUNTIME:
+        why = f"a plan runs on its GPU only ({recipe.profile.sku}); it was built from the graph that is judged here"
+        return {"evidence": "not run", "why": why}
+    assert report.expected is not None  # the report passed
+    found = require_engine(folder / recipe.vision_onnx.name, tiles, report.expected, report.precision)
+    return {"evidence": "measured", **difference_as_json(found), "bound": report.end_bounds.cosine}
+
+
+def encoder_without_gpu(recipe: Recipe, scratch: Path) -> OnnxRuntimeEngine:
+    """The exported graph in ONNX Runtime whatever the profile's runtime is, so that calibration needs no GPU."""
+    from nvlm_deploy.vision.engine import OnnxRuntimeEngine
+    from nvlm_deploy.vision.lowering import write_lowered
+
+    if recipe.profile.vision.runtime == ONNX_RUNTIME:
+        return OnnxRuntimeEngine(recipe.vision_engine_folder / recipe.vision_onnx.name)
+    return OnnxRuntimeEngine(write_lowered(recipe.vision_onnx, scratch))
 
 
 def require_buildable(profile: Profile) -> None:
@@ -86,27 +141,39 @@ def _write_engine(recipe: Recipe, folder: Path) -> None:
         write_lowered(recipe.vision_onnx, folder)
         return
     tiles = tile_range(recipe.spec.tiling, most_tiles=vision.max_tiles_per_run)
-    cache = recipe.workspace / "engines" / "builder-cache"
-    engine_from_onnx(
-        recipe.vision_onnx, folder, BuildSettings(vision.runtime, load_sku(recipe.profile.sku), tiles, cache)
-    )
+    settings = BuildSettings(vision.runtime, load_sku(recipe.profile.sku), tiles, recipe.builder_cache)
+    engine_from_onnx(recipe.vision_onnx, folder, settings)
+
+
+def end_tiles(spec: ModelSpec, count: int, precision: str, samples: Sequence[Sample] = ()) -> int:
+    """On how many tiles the embeddings are compared where `count` are bisected.
+
+    FP8's bound is one of every tile, and two tiles are few to say so: more of them where there are pictures, and the
+    model is so small that it costs seconds. At the released size a tile takes 12 TFLOP each in the graph and in the
+    reference: there it is `count`.
+    """
+    if precision != "fp8" or not samples:
+        return count
+    values = sum(math.prod(shape) for shape in vision_tensors(spec).values())
+    return max(count, min(FP8_END_TILES, int(END_FLOPS / (2 * values * spec.vision.positions))))
 
 
 def gate_tiles(spec: ModelSpec, count: int, samples: Sequence[Sample] = ()) -> npt.NDArray[np.uint8]:
-    """What the numerics gate looks at, uint8 [tiles, S, S, 3]: the first tiles of the samples' pictures, else noise.
+    """What the numerics gate looks at, uint8 [at most count, S, S, 3]: tiles of the samples' pictures, else noise.
 
-    FP8 is calibrated with pictures: noise may lie outside of what its scales hold.
+    The first tile of each picture in order, then the second of each, and so on: neighbours in one picture are much
+    alike. FP8 is calibrated with pictures: noise may lie outside of what its scales hold.
     """
     import numpy as np
 
     from nvlm_deploy.vision.numerics.compare import noise_tiles
 
-    tiles, found = [], 0
-    for path in _pictures(samples):
-        if found < count:
-            tiles.append(tiles_of_file(path, spec.tiling)[: count - found])
-            found += len(tiles[-1])
-    return np.concatenate(tiles) if tiles else noise_tiles(count, spec.tiling.tile_size)
+    pictures = [tiles_of_file(path, spec.tiling) for path in _pictures(samples)[:count]]
+    if not pictures:
+        return noise_tiles(count, spec.tiling.tile_size)
+    rounds = range(max(map(len, pictures)))
+    in_turn = [picture[number] for number in rounds for picture in pictures if number < len(picture)]
+    return np.stack(in_turn[:count])
 
 
 def _pictures(samples: Sequence[Sample]) -> list[Path]:

@@ -25,6 +25,7 @@ from nvlm_deploy.model.inventory import require_shape, vision_tensors
 from nvlm_deploy.model.spec import ModelSpec, VisionSpec
 from nvlm_deploy.progress import Progress, silent
 from nvlm_deploy.vision.external_data import Slot, Weight, stream_weights
+from nvlm_deploy.vision.graph_file import CALIBRATION_NAME, DATA_NAME, ONNX_NAME
 from nvlm_deploy.vision.heads import nonzero_dummy_tensors, pruned, real_chunks
 from nvlm_deploy.vision.qdq import Fp8Choice
 
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     from nvlm_deploy.vision.calibrate import VisionCalibration
 
 log = logging.getLogger(__name__)
-
-ONNX_NAME = "vision.onnx"
-DATA_NAME = "vision.onnx.data"
-CALIBRATION_NAME = "calibration.json"
 
 # precision -> torch's name of the type of what is not quantised
 BASE_TYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "bfloat16"}

@@ -3,11 +3,13 @@
 The CPU provider has no BF16 kernels and few FP16 ones. In the lowered graph arithmetic is float32, and every result
 that the graph types as BF16 or FP16 is rounded to that type by a cast there and back (round to nearest even). FP8
 codes are the graph's own, with float32 copies of the scales. Weights stay in the file as they are and are cast when
-the graph is loaded. Tried with ONNX Runtime 1.32: its optimiser keeps the casts at every level (tests/vision).
+the graph is loaded. Points keep their names, and no name is given twice: a lowered graph can be judged as any other.
+Tried with ONNX Runtime 1.32: its optimiser keeps the casts at every level (tests/vision).
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,10 +87,13 @@ class _Lowering:
 
     def __init__(self, types: ElementTypes) -> None:
         self.types = types
+        self.names = {str(value.name) for value in types}
+        self.node_names: set[str] = set()
         self.nodes: list[onnx_ir.Node] = []
         self.values: dict[onnx_ir.Value | None, onnx_ir.Value | None] = {None: None}
 
     def graph(self, old: onnx_ir.Graph) -> onnx_ir.Graph:
+        self.node_names = {str(node.name) for node in old}
         inputs = [self._border(value) for value in old.inputs]
         initialisers = [self._initialiser(value) for value in old.initializers.values()]
         for node in old:
@@ -120,8 +125,13 @@ class _Lowering:
 
     def _initialiser(self, old: onnx_ir.Value) -> onnx_ir.Value:
         value = onnx_ir.Value(name=old.name, shape=old.shape, type=old.type, const_value=old.const_value)
-        self.values[old] = self._cast(value, DataType.FLOAT, f"{old.name}/float32") if self._is_half(old) else value
+        is_half = self._is_half(old)
+        self.values[old] = self._cast(value, DataType.FLOAT, self._fresh(f"{old.name}/float32")) if is_half else value
         return value
+
+    def _fresh(self, name: str) -> str:
+        """For a new value; a graph that was lowered before has the usual names already."""
+        return _unique(name, self.names)
 
     def _node(self, old: onnx_ir.Node) -> None:
         inputs = [self.values[value] for value in old.inputs]
@@ -136,13 +146,13 @@ class _Lowering:
     def _raw_name(self, node: onnx_ir.Node, value: onnx_ir.Value) -> str | None:
         """Names of values stay with what is rounded."""
         untouched = not self._is_half(value) or node.op_type in EXACT_OPERATORS
-        return value.name if untouched else f"{value.name}/before rounding"
+        return value.name if untouched else self._fresh(f"{value.name}/before rounding")
 
     def _finished(self, node: onnx_ir.Node, old: onnx_ir.Value, output: onnx_ir.Value) -> onnx_ir.Value:
         if not self._is_half(old) or node.op_type in EXACT_OPERATORS:
             return output
         if node.op_type not in (*TYPED_OPERATORS, "CastLike"):  # those give the 16-bit type by themselves
-            output = self._cast(output, self.types[old], f"{old.name}/rounded")
+            output = self._cast(output, self.types[old], self._fresh(f"{old.name}/rounded"))
         return self._cast(output, DataType.FLOAT, old.name)
 
     def _is_half(self, old: onnx_ir.Value) -> bool:
@@ -166,4 +176,14 @@ class _Lowering:
             for key, value in attributes.items()
         ]
         domain = more.pop("domain", "")
+        # a node without a name gets one when it is written, which another may have
+        more["name"] = more.get("name") or _unique(f"{op_type} to {outputs[0].name}", self.node_names)
         self.nodes.append(onnx_ir.Node(domain, op_type, list(inputs), converted, outputs=outputs, **more))
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; from now on it is."""
+    numbered = (f"{name} {number}" for number in itertools.count(2))
+    found = next(each for each in itertools.chain([name], numbered) if each not in taken)
+    taken.add(found)
+    return found

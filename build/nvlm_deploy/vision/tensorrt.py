@@ -18,6 +18,7 @@ from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.sku import Sku
+from nvlm_deploy.vision.graph_file import graph_from_file
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def require_target(runtime: str, precision: str, sku: Sku) -> None:
             f"SKU {sku.name!r} has no GPU: {runtime} builds for GPUs", hint='choose runtime = "onnxruntime"'
         )
     _require_precision(precision, sku)
-    if runtime == TENSORRT_RTX and sku.compute_capability not in RTX_TARGETS:
+    if runtime == TENSORRT_RTX and TENSORRT_RTX not in sku.runtimes:
         raise NvlmError(
             f"TensorRT-RTX has no target for {_gpu(sku)}; it builds for {', '.join(RTX_TARGETS)}",
             hint='choose runtime = "tensorrt", which builds on the GPU itself',
@@ -155,16 +156,9 @@ def precision_of(onnx: Path) -> str:
 
     Raises NvlmError for a file that is missing or no graph.
     """
-    import onnx_ir
-
     from nvlm_deploy.vision.element_types import FLOAT8_TYPES, element_types, short_name
 
-    if not onnx.is_file():
-        raise NvlmError(f"no vision graph {onnx}", hint="build it: `nvlm build`")
-    try:
-        graph = onnx_ir.load(onnx).graph
-    except Exception as problem:  # protobuf's and onnx_ir's errors share no class
-        raise NvlmError(f"{onnx} cannot be read: {problem}", hint="export it again with --force") from problem
+    graph = graph_from_file(onnx)[1].graph
     types = element_types(graph)
     if not set(FLOAT8_TYPES).isdisjoint(types.values()):
         return "fp8"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,8 @@ from rich.console import Console
 from nvlm_deploy.cli.options import CheckpointArgument, JsonOption, ProfileOption, WorkspaceOption
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nvlm_deploy.report.measurement import Verdict
     from nvlm_deploy.validate.tasks import Comparison
     from nvlm_deploy.vision.numerics.report import NumericsReport
@@ -67,8 +69,10 @@ def numerics(
     checkpoint: CheckpointArgument,
     profile: ProfileOption = "cpu",
     workspace: WorkspaceOption = Path(),
-    onnx: Annotated[Path | None, typer.Option(help="This graph, not the one built for the profile.")] = None,
-    tiles: Annotated[int, typer.Option(min=1, help="How many tiles.")] = 2,
+    onnx: Annotated[
+        Path | None, typer.Option(help="This graph, or the vision.onnx in this folder, not the profile's.")
+    ] = None,
+    tiles: Annotated[int, typer.Option(min=1, help="How many tiles are compared operation by operation.")] = 2,
     samples: Annotated[
         Path | None, typer.Option(help="Folder with samples.jsonl: tiles of its pictures, not noise.")
     ] = None,
@@ -76,26 +80,31 @@ def numerics(
 ) -> None:
     """The vision graph against torch in float32, stage by stage; on failure the operation that broke.
 
-    One stage's weights are in memory at a time. Without --onnx it is the graph that `nvlm build` made.
+    One stage's weights are in memory at a time. Without --onnx it is the graph that `nvlm build` exports and makes the
+    engine of, and, where ONNX Runtime serves it, then the engine at its end. A graph that has lost the names of its
+    values or weights cannot be judged operation by operation: exit code 1, as for a wrong one.
     """
     from nvlm_deploy.profile import load_profile
     from nvlm_deploy.recipe import Recipe
     from nvlm_deploy.report.progress import progress
     from nvlm_deploy.samples import read_samples
-    from nvlm_deploy.steps.vision import gate_tiles
+    from nvlm_deploy.steps.vision import end_tiles, gate_tiles, require_served_engine
     from nvlm_deploy.vision.numerics.check import check_numerics
     from nvlm_deploy.vision.stages import stages
+    from nvlm_deploy.vision.tensorrt import precision_of
 
     recipe = Recipe(checkpoint, load_profile(profile), workspace)
-    spec, graph = recipe.spec, onnx or recipe.vision_onnx
-    given = gate_tiles(spec, tiles, read_samples(samples) if samples else ())
+    spec, graph, pictures = recipe.spec, onnx or recipe.vision_onnx, read_samples(samples) if samples else ()
+    given = gate_tiles(spec, end_tiles(spec, tiles, precision_of(graph), pictures), pictures)
     with progress("stages compared", len(stages(spec.vision))) as on_stage:
-        report = check_numerics(graph, recipe.checkpoint, spec, given, on_stage=on_stage)
-    print(json.dumps(report.as_json(), indent=2)) if json_output else _print_numerics(report)
+        report = check_numerics(graph, recipe.checkpoint, spec, given, bisected=tiles, on_stage=on_stage)
+    served = require_served_engine(recipe, given, report) if report.passed and onnx is None else None
+    document = report.as_json() | {"engine": served}
+    print(json.dumps(document, indent=2)) if json_output else _print_numerics(report, served)
     raise typer.Exit(0 if report.passed else 1)
 
 
-def _print_numerics(report: NumericsReport) -> None:
+def _print_numerics(report: NumericsReport, served: Mapping[str, Any] | None) -> None:
     from nvlm_deploy.validate.numerics import numerics_table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -103,6 +112,10 @@ def _print_numerics(report: NumericsReport) -> None:
     console.print(report.sentence, markup=False)
     for finding in report.findings[1:]:
         console.print(f"  {finding}", markup=False)
+    if served and served["evidence"] == "measured":
+        console.print(f"the engine in ONNX Runtime: cosine {served['cosine']:.7f}", markup=False)
+    elif served:
+        console.print(f"the engine: not run: {served['why']}", markup=False)
 
 
 def _print_json(comparison: Comparison, verdict: Verdict, candidate: str) -> None:

@@ -6,12 +6,12 @@ scale). A result rounded to nearest is off by at most u = 2**-p of itself (p sig
 mean square, three of them by 3 u and 0.7 u. Sums are accumulated in float32; that counts only where the type is float32
 itself, hence SUMS.
 
-| healthy graphs, in u            | largest error | root mean square | median channel | scale of a norm |
-|---------------------------------|---------------|------------------|----------------|-----------------|
-| BF16 and FP16, but attention    | 1.7           | 0.8              | 0.6            | 1.5             |
-| FP32, in 64 u                   | 0.2           | 0.1              | 0.1            | 0.3             |
-| FP8 linears                     | 1.3           | 0.7              | 0.8            |                 |
-| allowed                         | 4             | 2                | 2              | 3               |
+| healthy graphs, in u         | largest error | root mean square | median channel | channel at 95 % | scale of a norm |
+|------------------------------|---------------|------------------|----------------|-----------------|-----------------|
+| BF16 and FP16, but attention | 1.7           | 0.8              | 0.6            | 1.6             | 1.5             |
+| FP32, in 64 u                | 0.2           | 0.1              | 0.1            | 1.7             | 0.3             |
+| FP8 linears                  | 1.3           | 0.7              | 0.8            | 1.4             |                 |
+| allowed                      | 4             | 2                | 2              | 8               | 3               |
 
 Measured on the trained small model, on random checkpoints of its shapes with and without dummy heads, with a residual
 channel of 2000 times the others, and on two blocks and the projector at the released width. Attention stands apart:
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from onnx_ir import DataType
 
-from nvlm_deploy.vision.numerics.compare import Difference
+from nvlm_deploy.vision.numerics.compare import TAIL, Difference
 
 UNIT_ROUNDOFF: Mapping[DataType, float] = {
     DataType.FLOAT: 2.0**-24,
@@ -37,7 +37,9 @@ UNIT_ROUNDOFF: Mapping[DataType, float] = {
 }
 # float32 sums over up to 29568 products, erf and exp of another library
 SUMS = 64
-LARGEST_ERROR, ROOT_MEAN_SQUARE, SCALE = 4, 2, 3
+LARGEST_ERROR, ROOT_MEAN_SQUARE, TAIL_ERROR, SCALE = 4, 2, 8, 3
+# erf of another library near -1, times four; what the probes look for is ten times as much
+PROBE_ERROR = 1e-3
 # scores that double what attention's rounding amounts to
 DOUBLING_SCORES = 8.0
 
@@ -49,9 +51,10 @@ END_COSINE: Mapping[str, float] = {"fp32": 0.99999, "bf16": 0.999, "fp16": 0.999
 class Bounds:
     """What a Difference must keep; see compare.py for the measures."""
 
-    cosine: float
+    cosine: float = -math.inf
     error: float = math.inf
     channel: float = math.inf
+    tail: float = math.inf
     scale: float = math.inf
 
     def broken(self, found: Difference) -> list[str]:
@@ -64,6 +67,10 @@ class Bounds:
             (
                 found.channel <= self.channel,
                 f"error of the median channel {found.channel:.2g} (bound {self.channel:.2g})",
+            ),
+            (
+                found.tail <= self.tail,
+                f"error of the channel at {TAIL:.0%} {found.tail:.2g} (bound {self.tail:.2g})",
             ),
             (found.scale <= self.scale, f"scale error {found.scale:.2g} (bound {self.scale:.2g})"),
         )
@@ -80,7 +87,12 @@ def operation_bounds(roundoff: float, *, has_scale: bool = False, amplification:
     unit = amplification * max(roundoff, SUMS * UNIT_ROUNDOFF[DataType.FLOAT])
     relative = ROOT_MEAN_SQUARE * unit
     scale = SCALE * unit if has_scale else math.inf
-    return Bounds(1 - relative**2 / 2, LARGEST_ERROR * unit, channel=relative, scale=scale)
+    return Bounds(1 - relative**2 / 2, LARGEST_ERROR * unit, channel=relative, tail=TAIL_ERROR * unit, scale=scale)
+
+
+def probe_bounds(roundoff: float, *, amplification: float = 1.0) -> Bounds:
+    """On made-up inputs (probes.py) all values have the same few roundings: only the largest error means something."""
+    return Bounds(error=max(LARGEST_ERROR * amplification * roundoff, PROBE_ERROR))
 
 
 def amplification_of_scores(largest_score: float) -> float:

@@ -17,20 +17,29 @@ from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.model.spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 from nvlm_deploy.vision.stages import Kind, Stage
 
+Compute = Callable[..., torch.Tensor]
+
 # what comes into the stage, among the inputs of its operations
 INPUT = "input"
 # the point that is the stage's output
 OUTPUT = "output"
+EMBEDDING_WEIGHTS = (
+    "embeddings.patch_embedding.weight",
+    "embeddings.patch_embedding.bias",
+    "embeddings.class_embedding",
+    "embeddings.position_embedding",
+)
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What lies between points: computes `point` from other points of its stage."""
+    """What lies between points: computes `point` from other points and, by their names there, weights of its stage."""
 
     point: str
     label: str
     inputs: tuple[str, ...]
-    compute: Callable[..., torch.Tensor]
+    compute: Compute
+    weights: tuple[str, ...] = ()
     is_norm: bool = False
     may_be_fp8: bool = False
 
@@ -77,14 +86,14 @@ def _patch_embedding(own: Parameters, pixels: torch.Tensor) -> torch.Tensor:
     return states
 
 
-def _block_norm(name: str) -> Callable[..., torch.Tensor]:
+def _block_norm(name: str) -> Compute:
     def norm(own: Parameters, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, own.weights[f"{name}.weight"], own.spec.vision.norm_epsilon, own.spec.vision.hidden_size)
 
     return norm
 
 
-def _qk_norm(name: str, part: int) -> Callable[..., torch.Tensor]:
+def _qk_norm(name: str, part: int) -> Compute:
     def norm(own: Parameters, qkv: torch.Tensor) -> torch.Tensor:
         x, vision = qkv.chunk(3, dim=-1)[part], own.spec.vision
         return rms_norm(x, own.weights[f"{name}.weight"], vision.norm_epsilon, vision.heads * vision.head_size)
@@ -92,7 +101,7 @@ def _qk_norm(name: str, part: int) -> Callable[..., torch.Tensor]:
     return norm
 
 
-def _linear(name: str) -> Callable[..., torch.Tensor]:
+def _linear(name: str) -> Compute:
     def linear(own: Parameters, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, own.weights[f"{name}.weight"], own.weights.get(f"{name}.bias"))
 
@@ -123,7 +132,7 @@ def largest_score(spec: ModelSpec, q: torch.Tensor, k: torch.Tensor) -> float:
     return float(_scores(spec, q, k).abs().max())
 
 
-def _residual(scale: str) -> Callable[..., torch.Tensor]:
+def _residual(scale: str) -> Compute:
     def add(own: Parameters, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         return x + own.weights[scale] * branch
 
@@ -145,31 +154,42 @@ def _gelu(_: Parameters, x: torch.Tensor) -> torch.Tensor:
     return x * (1 + (x / 2**0.5).erf()) / 2
 
 
+def _norm_operation(point: str, label: str, source: str, compute: Compute, *names: str) -> Operation:
+    return Operation(point, label, (source,), compute, names, is_norm=True)
+
+
+def _linear_operation(point: str, label: str, source: str, name: str, *, has_bias: bool = True) -> Operation:
+    weights = (f"{name}.weight", f"{name}.bias") if has_bias else (f"{name}.weight",)
+    return Operation(point, label, (source,), _linear(name), weights, may_be_fp8=True)
+
+
 OPERATIONS: Mapping[Kind, tuple[Operation, ...]] = {
     "prologue": (
         Operation("pixels", "normalisation", (INPUT,), _pixels),
-        Operation(OUTPUT, "patch embedding", ("pixels",), _patch_embedding),
+        Operation(OUTPUT, "patch embedding", ("pixels",), _patch_embedding, EMBEDDING_WEIGHTS),
     ),
     "block": (
-        Operation("norm1", "norm1", (INPUT,), _block_norm("norm1"), is_norm=True),
-        Operation("qkv", "qkv projection", ("norm1",), _linear("attn.qkv"), may_be_fp8=True),
-        Operation("q_norm", "QK-norm (q)", ("qkv",), _qk_norm("attn.q_norm", 0), is_norm=True),
-        Operation("k_norm", "QK-norm (k)", ("qkv",), _qk_norm("attn.k_norm", 1), is_norm=True),
+        _norm_operation("norm1", "norm1", INPUT, _block_norm("norm1"), "norm1.weight"),
+        _linear_operation("qkv", "qkv projection", "norm1", "attn.qkv", has_bias=False),
+        _norm_operation("q_norm", "QK-norm (q)", "qkv", _qk_norm("attn.q_norm", 0), "attn.q_norm.weight"),
+        _norm_operation("k_norm", "QK-norm (k)", "qkv", _qk_norm("attn.k_norm", 1), "attn.k_norm.weight"),
         Operation("attention", "attention", ("q_norm", "k_norm", "qkv"), _attention, may_be_fp8=True),
-        Operation("proj", "output projection", ("attention",), _linear("attn.proj"), may_be_fp8=True),
-        Operation("attention_residual", "attention residual", (INPUT, "proj"), _residual("ls1")),
-        Operation("norm2", "norm2", ("attention_residual",), _block_norm("norm2"), is_norm=True),
-        Operation("fc1", "fc1", ("norm2",), _linear("mlp.fc1"), may_be_fp8=True),
+        _linear_operation("proj", "output projection", "attention", "attn.proj"),
+        Operation("attention_residual", "attention residual", (INPUT, "proj"), _residual("ls1"), ("ls1",)),
+        _norm_operation("norm2", "norm2", "attention_residual", _block_norm("norm2"), "norm2.weight"),
+        _linear_operation("fc1", "fc1", "norm2", "mlp.fc1"),
         Operation("gelu", "GELU", ("fc1",), _gelu),
-        Operation("fc2", "fc2", ("gelu",), _linear("mlp.fc2"), may_be_fp8=True),
-        Operation(OUTPUT, "MLP residual", ("attention_residual", "fc2"), _residual("ls2")),
+        _linear_operation("fc2", "fc2", "gelu", "mlp.fc2"),
+        Operation(OUTPUT, "MLP residual", ("attention_residual", "fc2"), _residual("ls2"), ("ls2",)),
     ),
     "epilogue": (
         Operation("pixel_shuffle", "pixel shuffle", (INPUT,), _pixel_shuffle),
-        Operation("projector_norm", "projector LayerNorm", ("pixel_shuffle",), _projector_norm, is_norm=True),
-        Operation("projector_fc1", "projector fc1", ("projector_norm",), _linear("mlp1.1"), may_be_fp8=True),
+        _norm_operation(
+            "projector_norm", "projector LayerNorm", "pixel_shuffle", _projector_norm, "mlp1.0.weight", "mlp1.0.bias"
+        ),
+        _linear_operation("projector_fc1", "projector fc1", "projector_norm", "mlp1.1", has_bias=False),
         Operation("projector_gelu", "projector GELU", ("projector_fc1",), _gelu),
-        Operation(OUTPUT, "projector fc2", ("projector_gelu",), _linear("mlp1.3"), may_be_fp8=True),
+        _linear_operation(OUTPUT, "projector fc2", "projector_gelu", "mlp1.3", has_bias=False),
     ),
 }
 

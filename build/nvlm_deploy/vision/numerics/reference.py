@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from onnx_ir import DataType
@@ -11,6 +12,15 @@ from nvlm_deploy.model.spec import VisionSpec
 from nvlm_deploy.vision.numerics.operations import INPUT, OPERATIONS, Operation, Parameters, point_name
 from nvlm_deploy.vision.stages import Stage
 
+# points and weights whose last axis goes over the heads once
+_ONE_OF_EACH_HEAD = (
+    ".q_norm",
+    ".k_norm",
+    ".attention",
+    ".attn.q_norm.weight",
+    ".attn.k_norm.weight",
+    ".attn.proj.weight",
+)
 _TORCH_TYPES = {DataType.BFLOAT16: torch.bfloat16, DataType.FLOAT16: torch.float16}
 
 
@@ -40,6 +50,12 @@ class StageReference:
         with torch.inference_mode():
             return operation.compute(self.parameters, *inputs)
 
+    def of_tiles(self, count: int) -> StageReference:
+        """The same stage on the first tiles; where there are fewer, they repeat."""
+        other = copy(self)
+        other.values = {name: value[torch.arange(count) % len(value)] for name, value in self.values.items()}
+        return other
+
     def weight(self, name: str) -> torch.Tensor | None:
         """By its name in the checkpoint; None for what is no weight of this stage."""
         return self.parameters.weights.get(name.removeprefix(self.stage.prefix))
@@ -58,4 +74,4 @@ def without_dummy_heads(name: str, value: torch.Tensor, vision: VisionSpec) -> t
         return torch.cat([part[..., :real] for part in value.chunk(3, dim=-1)], dim=-1)
     if name.endswith(".attn.qkv.weight"):
         return torch.cat([part[:real] for part in value.chunk(3)])
-    return value[..., :real] if name.endswith((".q_norm", ".k_norm", ".attention", ".attn.proj.weight")) else value
+    return value[..., :real] if name.endswith(_ONE_OF_EACH_HEAD) else value

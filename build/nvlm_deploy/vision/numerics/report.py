@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from nvlm_deploy.vision.numerics.bisection import OperationResult
+import numpy as np
+import numpy.typing as npt
+
 from nvlm_deploy.vision.numerics.bounds import Bounds, end_bounds
 from nvlm_deploy.vision.numerics.compare import Difference
+from nvlm_deploy.vision.numerics.operation_result import Judged, OperationResult
 
 Document = dict[str, Any]
 
@@ -46,13 +49,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class NumericsReport:
-    """The judgement of one graph. `not_bisected` says why there is no table of stages, if there is none."""
+    """The judgement of one graph: its operations on `tiles` tiles, its own states on these and perhaps more.
+
+    `not_bisected` says why there is no table of stages, if there is none. `expected` are the reference's embeddings of
+    all tiles, float32 [tiles, tokens, hidden], None where the graph could not be followed to its end.
+    """
 
     precision: str
     tiles: int
     stages: tuple[StageResult, ...]
     findings: tuple[Finding, ...]
     not_bisected: str | None = None
+    expected: npt.NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -64,7 +72,9 @@ class NumericsReport:
 
     @property
     def end(self) -> Difference:
-        """Of the embeddings."""
+        """Of the embeddings. Raises ValueError where the graph could not be followed so far."""
+        if self.expected is None:
+            raise ValueError("the graph was not followed to its end")
         return self.stages[-1].accumulated
 
     @property
@@ -75,8 +85,7 @@ class NumericsReport:
     def sentence(self) -> str:
         """The bisection's answer, or that all is well."""
         if self.passed:
-            note = f"; {self.not_bisected}" if self.not_bisected else ""
-            return f"{self.precision} graph: cosine {self.end.cosine:.7f} on {self.tiles} tiles{note}"
+            return f"{self.precision} graph: cosine {self.end.cosine:.7f} on {len(self.end.cosines)} tiles"
         first, *others = self.findings
         return f"{first}{_and_more(others)}"
 
@@ -89,8 +98,13 @@ class NumericsReport:
             "not_bisected": self.not_bisected,
             "findings": [asdict(finding) for finding in self.findings],
             "stages": [_stage_as_json(stage, holds=self.holds(stage)) for stage in self.stages],
-            "end": {**_difference_as_json(self.end), "bound": self.end_bounds.cosine},
+            "end": self._end_as_json(),
         }
+
+    def _end_as_json(self) -> Document | None:
+        if self.expected is None:
+            return None
+        return {**difference_as_json(self.end), "bound": self.end_bounds.cosine}
 
 
 def _and_more(others: Sequence[Finding]) -> str:
@@ -105,7 +119,7 @@ def _stage_as_json(stage: StageResult, *, holds: bool) -> Document:
     return {
         "stage": stage.name,
         "holds": holds,
-        "accumulated": _difference_as_json(stage.accumulated),
+        "accumulated": difference_as_json(stage.accumulated),
         "operations": [_operation_as_json(operation) for operation in stage.operations],
     }
 
@@ -115,13 +129,21 @@ def _operation_as_json(result: OperationResult) -> Document:
         "operation": result.place,
         "point": result.point,
         "computed_in": list(result.computes_in),
-        **_difference_as_json(result.judged.difference),
+        **difference_as_json(result.judged.difference),
         "bounds": {name: _finite(value) for name, value in asdict(result.judged.bounds).items()},
+        "without_fp8": _judged_as_json(result.unquantised),
+        "probe": _judged_as_json(result.probe),
         "problem": result.problem,
     }
 
 
-def _difference_as_json(found: Difference) -> Document:
+def _judged_as_json(judged: Judged | None) -> Document | None:
+    if judged is None:
+        return None
+    return {"max_relative_error": _finite(judged.difference.error), "bound": _finite(judged.bounds.error)}
+
+
+def difference_as_json(found: Difference) -> Document:
     return {
         "cosine": _finite(found.cosine),
         "max_relative_error": _finite(found.error),

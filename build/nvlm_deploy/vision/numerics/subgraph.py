@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnx_ir import DataType
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.vision.element_types import HALF_TYPES, ElementTypes, element_types
 from nvlm_deploy.vision.engine import run_graph
+from nvlm_deploy.vision.graph_file import graph_from_file
 from nvlm_deploy.vision.lowering import lowered
 
 # a value that is read from outside and computed as well: the computed one's name ends so
@@ -24,14 +26,12 @@ class VisionGraph:
     """A vision.onnx as it lies on disk: its nodes, element types and named values. No weight is read."""
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        """`threads=None` uses every core. Raises NvlmError when there is no such graph or it cannot be read."""
-        if not path.is_file():
-            raise NvlmError(f"no vision graph {path}", hint="build it: `nvlm build`")
-        try:
-            self.model = onnx_ir.load(path)
-        except Exception as problem:  # protobuf's DecodeError, and whatever onnx_ir meets in a foreign file
-            raise NvlmError(f"{path} cannot be read: {problem}", hint="build it again with --force") from problem
-        self.path, self.threads = path, threads
+        """`path` may be the folder of a `vision.onnx`; `threads=None` uses every core.
+
+        Raises NvlmError when there is no such graph, it cannot be read, or its data file is missing or cut short.
+        """
+        self.path, self.model = graph_from_file(path)
+        self.threads = threads
         self.types: ElementTypes = element_types(self.model.graph)
         self.values = {str(value.name): value for value in self.types}
 
@@ -42,16 +42,15 @@ class VisionGraph:
             return "fp8"
         return {DataType.BFLOAT16: "bf16", DataType.FLOAT16: "fp16"}.get(self.base_type, "fp32")
 
-    @property
+    @cached_property
     def base_type(self) -> DataType:
-        """Of the weights that are not FP8: the 16-bit type with the most bytes, else float32."""
-        sizes = dict.fromkeys(HALF_TYPES, 0)
+        """Of the weights that are not FP8: the float type with the most bytes."""
+        sizes = dict.fromkeys((DataType.FLOAT, *HALF_TYPES), 0)
         for value in self.model.graph.initializers.values():
             element_type = self.types[value]
-            if element_type in HALF_TYPES and value.const_value is not None:
+            if element_type in sizes and value.const_value is not None:
                 sizes[element_type] += value.const_value.nbytes
-        largest = max(sizes, key=lambda element_type: sizes[element_type])
-        return largest if sizes[largest] else DataType.FLOAT
+        return max(sizes, key=lambda element_type: sizes[element_type])
 
     def element_type(self, name: str) -> DataType | None:
         return self.types[self.values[name]]

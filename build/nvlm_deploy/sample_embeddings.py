@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvlm_deploy.artifacts import replace_file
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, TilingSpec
@@ -70,6 +72,28 @@ class SampleEmbedder:
             raise NvlmError(f"{len(rows)} visual tokens for {int(places.sum())} places in the prompt")
         embeddings[places] = rows.to(embeddings.dtype)
         return embeddings
+
+
+@dataclass(frozen=True)
+class CachedEncoder:
+    """A vision engine whose embeddings are kept in a folder: a picture costs minutes on a CPU, and a list repeats some.
+
+    The folder must be of one engine: files are named by tiles alone.
+    """
+
+    encode: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+    folder: Path
+
+    def __call__(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 [tiles, H, W, 3] -> float32 [tiles, tokens, hidden]."""
+        import numpy as np
+
+        path = self.folder / f"{hashlib.sha256(str(tiles.shape).encode() + tiles.tobytes()).hexdigest()}.npy"
+        if not path.is_file():
+            with replace_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, self.encode(tiles))
+        found: npt.NDArray[np.float32] = np.load(path)
+        return found
 
 
 def tiles_of_file(path: Path, tiling: TilingSpec) -> npt.NDArray[np.uint8]:

@@ -19,6 +19,7 @@ from nvlm_deploy.checkpoint.trtllm import (
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout
 from nvlm_deploy.checkpoint.trtllm_layout import (
     FP8,
+    FP8_PER_CHANNEL,
     Layout,
     Parallelism,
     legal_tensor_parallel,
@@ -69,16 +70,17 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("quant_algo", [FP8, None])
+@pytest.mark.parametrize(("quant_algo", "kv_cache"), [(FP8, None), (FP8_PER_CHANNEL, FP8), (None, None), (None, FP8)])
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 def test_what_is_written_for_any_split_merges_to_what_went_in(
-    tmp_path: Path, quant_algo: str | None, tensor: int, pipeline: int
+    tmp_path: Path, quant_algo: str | None, kv_cache: str | None, tensor: int, pipeline: int
 ) -> None:
-    values = write(tmp_path / "decoder", Layout(SPEC, quant_algo, Parallelism(tensor, pipeline)))
+    values = write(tmp_path / "decoder", Layout(SPEC, quant_algo, Parallelism(tensor, pipeline), kv_cache))
     checkpoint = read_checkpoint(tmp_path / "decoder")
     merged = checkpoint.merged()
     assert (checkpoint.spec, checkpoint.quant_algo) == (SPEC, quant_algo)
+    assert checkpoint.layout.kv_cache_quant_algo == kv_cache
     assert merged.keys() == values.keys()
     assert [name for name in values if not same(merged[name], values[name])] == []
 
@@ -153,6 +155,36 @@ def test_the_released_decoder_has_the_shapes_of_the_contract() -> None:
     assert tensors["lm_head.weight"] == ("BF16", (19008, 8192))
 
 
+def test_a_scale_for_each_row_goes_where_its_row_goes() -> None:
+    """dense and proj are shared by columns: every rank has all rows and all scales."""
+    layout = Layout(RELEASED, FP8_PER_CHANNEL, Parallelism(8))
+    tensors = layout.rank_tensors(0)
+    prefix = "transformer.layers.0."
+    scales = {name.removeprefix(prefix): shape for name, (_, shape) in tensors.items() if "per_channel" in name}
+    assert {name: shape for name, shape in scales.items() if "layers" not in name} == {
+        "attention.qkv.per_channel_scale": (1280,),
+        "attention.dense.per_channel_scale": (8192,),
+        "mlp.fc.per_channel_scale": (3696,),
+        "mlp.gate.per_channel_scale": (3696,),
+        "mlp.proj.per_channel_scale": (8192,),
+    }
+    assert len(tensors) == 80 * 13 + 3, "no activation scales: they are found token by token"
+
+
+def test_an_fp8_kv_cache_adds_one_scale_a_layer() -> None:
+    plain, with_cache = (Layout(RELEASED, FP8, Parallelism(2), kv_cache).rank_tensors(1) for kv_cache in (None, FP8))
+    assert {name: with_cache[name] for name in with_cache.keys() - plain.keys()} == {
+        f"transformer.layers.{index}.attention.kv_cache_scaling_factor": ("F32", (1,)) for index in range(80)
+    }
+
+
+@pytest.mark.parametrize("tensor_parallel", [3, 5, 6, 7, 12, 128])
+def test_an_illegal_split_of_the_released_decoder_names_the_legal_ones(tensor_parallel: int) -> None:
+    with pytest.raises(NvlmError, match=f"tensor_parallel {tensor_parallel} cannot share 64 heads, 8 key") as caught:
+        Layout(RELEASED, FP8, Parallelism(tensor_parallel))
+    assert caught.value.hint == "legal: 1, 2, 4, 8, 16, 32, 64"
+
+
 def test_legal_splits_of_the_released_decoder() -> None:
     assert legal_tensor_parallel(RELEASED) == [1, 2, 4, 8, 16, 32, 64]
 
@@ -201,7 +233,15 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"hidden_size": "wide"}, "not of a TensorRT-LLM checkpoint"),
         ({"num_attention_heads": 3}, "head_size is 4, expected 5"),
-        ({"quantization": {"quant_algo": "NVFP4"}}, "quant_algo is 'NVFP4'; supported: 'FP8' and null"),
+        (
+            {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}},
+            "quant_algo is 'NVFP4'; supported: 'FP8', 'FP8_PER_CHANNEL_PER_TOKEN' and null",
+        ),
+        (
+            {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}},
+            "kv_cache_quant_algo is 'INT8'; supported: 'FP8' and null",
+        ),
+        ({"quantization": {"quant_algo": "FP8"}}, "no key 'kv_cache_quant_algo'"),
         ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": None}}, "lm_head"),
         ({"mapping": {"tp_size": 1, "pp_size": 1, "world_size": 2, "cp_size": 1, "gpus_per_node": 8}}, "world_size"),
         ({"mapping": {"tp_size": 3, "pp_size": 1}}, "tensor_parallel 3 cannot share 4 heads"),
@@ -300,9 +340,16 @@ def test_a_tensor_of_another_type_or_shape_is_our_own_bug(tmp_path: Path, value:
 
 
 def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvlm_deploy.checkpoint import stream
+    from nvlm_deploy.checkpoint.resumable import OpenTensor
     from nvlm_deploy.errors import MachineError
 
-    monkeypatch.setattr(stream.TensorStream, "_checksum", lambda *_: 0)
-    with pytest.raises(MachineError, match=r"read back from .*rank0\.safetensors differs"):
+    honest = OpenTensor.append_bytes
+
+    def losing(self: OpenTensor, data: bytes | memoryview) -> None:
+        honest(self, data)
+        if self.name == "transformer.ln_f.weight":
+            self.file.write(b"\xff", self.place.begin)
+
+    monkeypatch.setattr(OpenTensor, "append_bytes", losing)
+    with pytest.raises(MachineError, match=r"ln_f\.weight read back from .*rank0\.safetensors differs"):
         write(tmp_path / "decoder", Layout(SPEC))

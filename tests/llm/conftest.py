@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ class Case:
         return model.to(dtype).eval()
 
 
+@dataclass(frozen=True)
+class SpoiltCheckpoint(Checkpoint):
+    """A checkpoint one of whose tensors, by its full name, is filled with one value."""
+
+    spoilt: str = ""
+    value: float = 0.0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spoilt: str, value: float) -> SpoiltCheckpoint:
+        return cls(checkpoint.folder, checkpoint.config, checkpoint.infos, spoilt, value)
+
+    def chunks(self, name: str, *, rows: Any = None) -> Iterator[torch.Tensor]:
+        for chunk in super().chunks(name, rows=rows):
+            yield torch.full_like(chunk, self.value) if name == self.spoilt else chunk
+
+
 def write_decoder(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Checkpoint:
     """A checkpoint folder with only a decoder in it."""
     folder.mkdir(parents=True)
@@ -104,9 +121,26 @@ def random_weights(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    spec = spec_from_config(RANDOM_CONFIG)
-    checkpoint = write_decoder(tmp_path_factory.mktemp("decoder") / "random", RANDOM_CONFIG, random_weights(spec))
+    return _random_case(tmp_path_factory.mktemp("decoder"), RANDOM_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def four_key_heads_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """As `random_case`, but four ranks need no copies of a key head."""
+    llm_config = {**RANDOM_CONFIG["llm_config"], "num_key_value_heads": 4}
+    return _random_case(tmp_path_factory.mktemp("decoder"), {**RANDOM_CONFIG, "llm_config": llm_config})
+
+
+def _random_case(folder: Path, config: dict[str, Any]) -> Case:
+    spec = spec_from_config(config)
+    checkpoint = write_decoder(folder / "random", config, random_weights(spec))
     return Case(checkpoint, spec, _samples(checkpoint, spec))
+
+
+@pytest.fixture(scope="session")
+def spoilt() -> Callable[[Checkpoint, str, float], Checkpoint]:
+    """(checkpoint, tensor, value) -> the checkpoint with that tensor filled with that value."""
+    return SpoiltCheckpoint.of
 
 
 @pytest.fixture(scope="session", params=["random", "tiny"])

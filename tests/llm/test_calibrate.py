@@ -48,6 +48,15 @@ def test_calibrating_twice_gives_the_same_numbers(random_case: Any, tmp_path: Pa
     assert first == second
 
 
+def test_a_calibration_says_which_samples_it_is_of(random_case: Any) -> None:
+    samples = random_case.samples
+    digests = {
+        calibrate(random_case.checkpoint, random_case.spec, those).samples_digest
+        for those in (samples, [*samples], samples[:2], [samples[1], samples[0], samples[2]])
+    }
+    assert len(digests) == 3
+
+
 def test_more_samples_never_lower_an_amax(random_case: Any) -> None:
     one = calibrate(random_case.checkpoint, random_case.spec, random_case.samples[:1])
     all_of_them = calibrate(random_case.checkpoint, random_case.spec, random_case.samples)
@@ -60,7 +69,7 @@ def test_a_saved_calibration_comes_back_bit_for_bit(calibration: CalibrationResu
     assert CalibrationResult.load(tmp_path / "calibration.json") == calibration
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"amax": 3, "samples": 1, "tokens": 1}', "{"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"amax": 3, "samples": 1, "tokens": 1, "samples_digest": ""}', "{"])
 def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "calibration.json").write_text(text)
     with pytest.raises(NvlmError, match=r"calibration\.json"):
@@ -87,29 +96,29 @@ def test_a_sample_that_is_not_finite_is_named(random_case: Any, value: float) ->
 
 
 @pytest.mark.parametrize("layer", [1, 3])
-def test_an_activation_that_overflows_is_named_with_its_sample(random_case: Any, layer: int) -> None:
+def test_an_activation_that_overflows_is_named_with_its_sample(random_case: Any, spoilt: Any, layer: int) -> None:
     """float16 ends at 65504; the last layer's overflow reaches no further linear."""
     name = f"model.layers.{layer}.mlp.down_proj.weight"
-    steep = SpoiltCheckpoint.of(random_case.checkpoint, f"language_model.{name}", 60000.0)
+    steep = spoilt(random_case.checkpoint, f"language_model.{name}", 60000.0)
     with pytest.raises(
         NvlmError, match=rf"model\.layers\.{layer}\.output holds NaN or infinity in calibration sample 0"
     ):
         calibrate(steep, random_case.spec, random_case.samples, dtype=torch.float16)
 
 
-def test_an_input_that_is_always_zero_is_named(random_case: Any) -> None:
+def test_an_input_that_is_always_zero_is_named(random_case: Any, spoilt: Any) -> None:
     with pytest.raises(NvlmError, match=r"model\.layers\.0\.self_attn\.q_proj\.input was zero in all samples"):
-        calibrate(without_norm(random_case), random_case.spec, random_case.samples)
+        calibrate(without_norm(random_case, spoilt), random_case.spec, random_case.samples)
 
 
 @pytest.mark.parametrize(
     ("value", "complaint"), [(0.0, "is all zeros"), (float("nan"), "NaN"), (float("-inf"), "infinity")]
 )
-def test_a_weight_that_cannot_be_right_is_named(random_case: Any, value: float, complaint: str) -> None:
+def test_a_weight_that_cannot_be_right_is_named(random_case: Any, spoilt: Any, value: float, complaint: str) -> None:
     name = "language_model.model.layers.2.mlp.up_proj.weight"
-    spoilt = SpoiltCheckpoint.of(random_case.checkpoint, name, value)
+    holed = spoilt(random_case.checkpoint, name, value)
     with pytest.raises(NvlmError, match=complaint) as caught:
-        calibrate(spoilt, random_case.spec, random_case.samples)
+        calibrate(holed, random_case.spec, random_case.samples)
     assert name in str(caught.value)
 
 
@@ -125,21 +134,5 @@ def test_magnitude_is_the_largest_absolute_value(dtype: torch.dtype) -> None:
     assert magnitude(torch.tensor([1.0, float("nan")], dtype=dtype)).isnan()
 
 
-@dataclasses.dataclass(frozen=True)
-class SpoiltCheckpoint(Checkpoint):
-    """A checkpoint one of whose tensors is filled with one value."""
-
-    spoilt: str = ""
-    value: float = 0.0
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, spoilt: str, value: float) -> SpoiltCheckpoint:
-        return cls(checkpoint.folder, checkpoint.config, checkpoint.infos, spoilt, value)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor = super().tensor(name)
-        return torch.full_like(tensor, self.value) if name == self.spoilt else tensor
-
-
-def without_norm(case: Any) -> Checkpoint:
-    return SpoiltCheckpoint.of(case.checkpoint, "language_model.model.layers.0.input_layernorm.weight", 0.0)
+def without_norm(case: Any, spoilt: Any) -> Checkpoint:
+    return spoilt(case.checkpoint, "language_model.model.layers.0.input_layernorm.weight", 0.0)

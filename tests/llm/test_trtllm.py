@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import pytest
 import torch
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
-from nvlm_deploy.checkpoint.stream import TensorStream
 from nvlm_deploy.checkpoint.trtllm import read_checkpoint
-from nvlm_deploy.checkpoint.trtllm_layout import Parallelism
-from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
-from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
+from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, SINGLE, Layout, Parallelism
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.llm.calibrate import CalibrationResult, ObservedLayer, calibrate
+from nvlm_deploy.llm.trtllm import TrtllmExport, trtllm_checkpoint_from
+from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import to_e4m3
 
 
@@ -77,7 +76,7 @@ def test_fusing_gate_and_up_as_tensorrt_llm_does_changes_no_code(
     [
         (Parallelism(3), "tensor_parallel 3 cannot share 8 heads, 2 key/value heads", "legal: 1, 2, 4, 8"),
         (Parallelism(0), "tensor_parallel 0", "legal: 1, 2, 4, 8"),
-        (Parallelism(1, 5), "pipeline_parallel 5 cannot share 4 layers", "legal: 1, 2, 3, 4"),
+        (Parallelism(1, 5), "pipeline_parallel 5 cannot share 4 layers", "legal: 1 to 4"),
     ],
 )
 def test_an_illegal_split_is_refused_and_the_legal_ones_named(
@@ -91,10 +90,137 @@ def test_an_illegal_split_is_refused_and_the_legal_ones_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("parallelism", [Parallelism(1), Parallelism(4), Parallelism(2, 2)])
+def test_per_channel_codes_times_their_rows_scales_are_the_weights(
+    random_case: Any, tmp_path: Path, parallelism: Parallelism
+) -> None:
+    """To half of e4m3's step, and every row uses its whole range."""
+    checkpoint = trtllm_checkpoint_from(
+        random_case.checkpoint,
+        random_case.spec,
+        tmp_path / "decoder",
+        calibration=None,
+        quant_algo=FP8_PER_CHANNEL,
+        parallelism=parallelism,
+    )
+    merged, weights = checkpoint.merged(), random_case.weights()
+    for index in range(random_case.spec.decoder.layers):
+        for name, source in (("mlp.fc", "mlp.gate_proj"), ("attention.dense", "self_attn.o_proj")):
+            module = f"transformer.layers.{index}.{name}"
+            scales, codes = merged[f"{module}.per_channel_scale"], merged[f"{module}.weight"].float()
+            weight = weights[f"model.layers.{index}.{source}.weight"].float()
+            torch.testing.assert_close(codes * scales[:, None], weight, rtol=1 / 16, atol=2**-10 * scales.max().item())
+            assert torch.equal(codes.abs().amax(dim=1), torch.full_like(scales, 448))
+            assert torch.equal(scales, weight.abs().amax(dim=1) / 448)
+
+
+@pytest.mark.parametrize("quant_algo", [FP8, FP8_PER_CHANNEL, None])
+def test_an_fp8_kv_cache_never_has_a_scale_below_one(
+    random_case: Any, random_calibration: CalibrationResult, tmp_path: Path, quant_algo: str | None
+) -> None:
+    """As ModelOpt's exporter; beyond that it is the larger amax of keys and values over 448 (contract A.7)."""
+    amax = {**random_calibration.amax, "model.layers.1.self_attn.values": 896.0}
+    checkpoint = trtllm_checkpoint_from(
+        random_case.checkpoint,
+        random_case.spec,
+        tmp_path / "decoder",
+        calibration=dataclasses.replace(random_calibration, amax=amax),
+        quant_algo=quant_algo,
+        kv_cache_quant_algo=FP8,
+    )
+    merged = checkpoint.merged()
+    scales = [merged[f"transformer.layers.{n}.attention.kv_cache_scaling_factor"].tolist() for n in range(4)]
+    assert scales == [[1.0], [2.0], [1.0], [1.0]]
+    assert checkpoint.config["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+def test_keys_that_reach_far_are_warned_of(
+    random_case: Any,
+    random_calibration: CalibrationResult,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    amax = {**random_calibration.amax, "model.layers.1.self_attn.keys": 400.0}
+    trtllm_checkpoint_from(
+        random_case.checkpoint,
+        random_case.spec,
+        tmp_path / "decoder",
+        calibration=dataclasses.replace(random_calibration, amax=amax),
+        kv_cache_quant_algo=FP8,
+    )
+    assert "model.layers.1: keys or values reach 400: an FP8 KV cache may cost accuracy" in caplog.text
+
+
+def test_without_samples_static_scales_are_refused_and_the_way_out_named(random_case: Any, tmp_path: Path) -> None:
+    with pytest.raises(NvlmError, match="needs a calibration") as caught:
+        trtllm_checkpoint_from(
+            random_case.checkpoint, random_case.spec, tmp_path / "decoder", calibration=None, quant_algo=FP8
+        )
+    assert FP8_PER_CHANNEL in (caught.value.hint or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_free_says_what_it_gives_up(random_case: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export = TrtllmExport(random_case.checkpoint, Layout(random_case.spec.decoder, FP8_PER_CHANNEL, SINGLE, FP8))
+    export.write(tmp_path)
+    time, cache = export.notes["data-free"]
+    assert "scale for every token" in time and "Ada and Hopper only" in time
+    assert "scale 1 unseen" in cache and "beyond 448" in cache
+    assert time in caplog.text and cache in caplog.text
+    merged = read_checkpoint(tmp_path).merged()
+    assert merged["transformer.layers.0.attention.kv_cache_scaling_factor"].tolist() == [1.0]
+    assert TrtllmExport(random_case.checkpoint, Layout(random_case.spec.decoder)).notes == {}, "BF16 gives up nothing"
+
+
+def test_the_notes_of_a_calibrated_checkpoint_name_its_samples(
+    random_case: Any, random_calibration: CalibrationResult
+) -> None:
+    export = TrtllmExport(random_case.checkpoint, Layout(random_case.spec.decoder, FP8), random_calibration)
+    digest = random_calibration.samples_digest
+    assert len(digest) == 64
+    assert export.notes == {"calibration": {"samples": 3, "tokens": 50, "samples_digest": digest}}
+
+
+def test_one_calibration_serves_every_recipe_and_split(
+    random_case: Any, random_calibration: CalibrationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObservedLayer, "advance", None)
+    codes = []
+    for number, (quant_algo, kv_cache) in enumerate(
+        (quant_algo, kv_cache) for quant_algo in (FP8, FP8_PER_CHANNEL, None) for kv_cache in (None, FP8)
+    ):
+        for parallelism in (Parallelism(2), Parallelism(1, 2)):
+            checkpoint = trtllm_checkpoint_from(
+                random_case.checkpoint,
+                random_case.spec,
+                tmp_path / f"{number}-{parallelism.tensor}",
+                calibration=random_calibration,
+                quant_algo=quant_algo,
+                kv_cache_quant_algo=kv_cache,
+                parallelism=parallelism,
+            )
+            codes.append(checkpoint.merged()["transformer.layers.3.mlp.proj.weight"].view(torch.uint8))
+    assert all(torch.equal(one, other) for one, other in zip(codes[::4], codes[3::4], strict=True))
+
+
+def test_progress_counts_bytes_written_and_read_back_up_to_the_whole(random_case: Any, tmp_path: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    trtllm_checkpoint_from(
+        random_case.checkpoint,
+        random_case.spec,
+        tmp_path / "decoder",
+        calibration=None,
+        on_progress=lambda _, done, total: heard.append((done, total)),
+    )
+    total = 2 * sum(weight.nbytes for weight in random_case.weights().values())
+    assert heard[-1] == (total, total)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+
+
 def test_a_misshapen_tensor_is_named_before_anything_is_written(random_case: Any, tmp_path: Path) -> None:
     narrower = dataclasses.replace(random_case.spec.decoder, intermediate_size=88)
     spec = dataclasses.replace(random_case.spec, decoder=narrower)
-    with pytest.raises(NvlmError, match=r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], expected \[88, 64\]"):
+    with pytest.raises(NvlmError, match=r"0\.mlp\.gate_proj\.weight .* shape \[96, 64\], expected \[88, 64\]"):
         trtllm_checkpoint_from(random_case.checkpoint, spec, tmp_path / "decoder", calibration=None)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,43 +261,32 @@ def test_an_amax_that_is_no_magnitude_is_refused(
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.bias", "lm_head.weight"])
 def test_nan_in_any_tensor_is_named_and_leaves_the_former_checkpoint(
-    random_case: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    random_case: Any, spoilt: Any, tmp_path: Path, name: str
 ) -> None:
     output = tmp_path / "decoder"
     trtllm_checkpoint_from(random_case.checkpoint, random_case.spec, output, calibration=None)
     before = (output / "rank0.safetensors").read_bytes()
-    honest = Checkpoint.tensor
-
-    def spoilt(self: Checkpoint, asked: str) -> torch.Tensor:
-        tensor = honest(self, asked)
-        return tensor * float("nan") if asked.endswith(name) else tensor
-
-    monkeypatch.setattr(Checkpoint, "tensor", spoilt)
+    holed = spoilt(random_case.checkpoint, PREFIX + name, float("nan"))
     with pytest.raises(NvlmError, match=f"{name} holds NaN"):
-        trtllm_checkpoint_from(random_case.checkpoint, random_case.spec, output, calibration=None)
+        trtllm_checkpoint_from(holed, random_case.spec, output, calibration=None)
     assert (output / "rank0.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["decoder"]
 
 
-def test_a_full_disk_is_the_machines_fault_and_leaves_nothing(
-    random_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(TensorStream, "put", full)
-    with pytest.raises(MachineError, match="the disk is full"):
-        trtllm_checkpoint_from(random_case.checkpoint, random_case.spec, tmp_path / "decoder", calibration=None)
-    assert list(tmp_path.iterdir()) == []
-
-
+@pytest.mark.parametrize("quant_algo", [FP8, FP8_PER_CHANNEL])
 def test_an_all_zero_weight_is_named(
-    random_case: Any, random_calibration: CalibrationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_case: Any, random_calibration: CalibrationResult, spoilt: Any, tmp_path: Path, quant_algo: str
 ) -> None:
-    honest = Checkpoint.tensor
-    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: honest(self, name) * ("v_proj.weight" not in name))
-    with pytest.raises(NvlmError, match=r"layers\.0\.self_attn\.v_proj\.weight is all zeros"):
-        quantise(random_case, random_calibration, tmp_path)
+    name = "language_model.model.layers.0.self_attn.v_proj.weight"
+    with pytest.raises(NvlmError, match=f"{name} is all zeros"):
+        trtllm_checkpoint_from(
+            spoilt(random_case.checkpoint, name, 0.0),
+            random_case.spec,
+            tmp_path / "decoder",
+            calibration=random_calibration if quant_algo == FP8 else None,
+            quant_algo=quant_algo,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def quantise(case: Any, calibration: CalibrationResult, folder: Path) -> None:

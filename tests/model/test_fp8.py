@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_deploy.model.fp8 import Fp8Linear, scale_from_amax, to_e4m3
+from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3
+from nvlm_deploy.model.fp8_linear import Fp8Linear
 
 ONE = torch.ones(())
 

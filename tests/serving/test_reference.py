@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.serving.reference import ReferenceEngine, SlottedKvCache, prompt_embeddings
+from nvlm_deploy.serving.kv_cache import SlottedKvCache
+from nvlm_deploy.serving.reference import DecodeReplay, ReferenceEngine, prompt_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +91,54 @@ def test_warming_up_leaves_nothing_behind(decoder) -> None:
     engine = engine_of(decoder)
     engine.warm_up()
     assert not any(cache.any() for cache in (*engine.cache.keys, *engine.cache.values))
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2], [3, 1]])
+def test_the_step_that_a_gpu_replays_equals_the_plain_decoder(decoder, slots) -> None:
+    """Every slot over the whole cache, whoever is asked for: the arithmetic of the recorded step, on the CPU."""
+    engine = engine_of(decoder)
+    engine._replay = DecodeReplay(engine)
+    prompts = {slot: [7 + slot] * (1 + 5 * number) for number, slot in enumerate(range(4))}
+    for slot, prompt in prompts.items():
+        engine.prefill(slot, prompt, None)
+    for asked in (slots, [0, 1, 2, 3]):
+        logits = engine.decode(asked, [20 + slot for slot in asked])
+        for slot, row in zip(asked, logits, strict=True):
+            prompts[slot].append(20 + slot)
+            assert close(row, plain_logits(decoder, prompts[slot]))
+
+
+@pytest.fixture(scope="module")
+def fp8_cache_decoder(random_checkpoint, tiny_spec):
+    """The random decoder, its keys and values in FP8; scales of other values than a power of two, and not equal."""
+    from nvlm_deploy.model.decoder import decoder_from_checkpoint
+
+    decoder = decoder_from_checkpoint(random_checkpoint, tiny_spec)
+    for layer in decoder.model.layers:
+        layer.self_attn.key_scale, layer.self_attn.value_scale = torch.tensor(0.013), torch.tensor(0.011)
+    return decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
+def test_an_fp8_cache_answers_as_the_plain_decoder_with_the_same_scales(fp8_cache_decoder, decoder, dtype) -> None:
+    engine = engine_of(fp8_cache_decoder, dtype=dtype)
+    ids = [5, 17, 300]
+    rounded, unrounded = plain_logits(fp8_cache_decoder, ids), plain_logits(decoder, ids)
+    assert close(engine.prefill(2, ids, None), rounded)
+    assert not close(rounded, unrounded, bound=1e-3), "the rounding would not be seen"
+    assert close(rounded, unrounded, bound=0.2)
+    for token in (9, 40, 41):
+        ids.append(token)
+        assert close(engine.decode([2], [token])[0], plain_logits(fp8_cache_decoder, ids))
+
+
+def test_an_fp8_cache_takes_a_byte_for_each_value(fp8_cache_decoder) -> None:
+    cache = engine_of(fp8_cache_decoder, dtype=torch.float8_e4m3fn).cache
+    spec = fp8_cache_decoder.spec
+    values = 2 * spec.layers * cache.slots * cache.max_seq_len * spec.kv_heads * spec.head_size
+    assert sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) == values
+
+
+def test_an_fp8_cache_of_a_decoder_without_scales_is_refused(decoder) -> None:
+    with pytest.raises(NvlmError, match="no kv_cache_scaling_factor"):
+        engine_of(decoder, dtype=torch.float8_e4m3fn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,8 @@ class Checkpoint:
     def chunks(self, name: str, *, rows: Sequence[range] | None = None) -> Iterator[torch.Tensor]:
         """The tensor's rows (its first axis) in order, or some ranges of them, as stored and a few MB at a time.
 
-        Reads the shard, does not map it: mapped pages count as memory of the process until the tensor is gone.
+        Reads the shard, does not map it: mapped pages count as memory of the process until the tensor is gone. Nor does
+        the page cache keep a tensor of several chunks: finding pages for it was seen to take longer than the reading.
         """
         info = self.info(name)
         row_bytes = info.size_bytes // max(1, info.shape[0] if info.shape else 1)
@@ -114,6 +116,8 @@ def _read_rows(file: BinaryIO, info: TensorInfo, start: int, stop: int, row_byte
     file.seek(info.offset + start * row_bytes)
     if file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
         raise _truncated(info.shard, info.shard.stat().st_size, info.offset + info.size_bytes)
+    if info.size_bytes > _CHUNK_BYTES:
+        os.posix_fadvise(file.fileno(), info.offset + start * row_bytes, len(data), os.POSIX_FADV_DONTNEED)
     rows = data.view(_torch_dtype(info))
     return rows.reshape(stop - start, *info.shape[1:]) if info.shape else rows.reshape(())
 

@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 _DTYPES = {"F32": ("torch.float32", 4), "BF16": ("torch.bfloat16", 2), "F8_E4M3": ("torch.float8_e4m3fn", 1)}
 _READ_BACK_BYTES = 1 << 24
 
+# name -> (dtype, shape)
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
+    """Where a tensor lies, counted from the end of the header."""
+
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -40,7 +45,7 @@ class TensorStream:
     path: Path
     file: BinaryIO
     data_start: int
-    places: Mapping[str, _Place]
+    places: Mapping[str, Place]
     checksums: dict[str, int] = field(default_factory=dict)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
@@ -48,9 +53,9 @@ class TensorStream:
         import torch
 
         place = self.places[name]
-        if (str(tensor.dtype), tuple(tensor.shape)) != (_DTYPES[place.dtype][0], place.shape):
-            expected = f"{_DTYPES[place.dtype][0]} {list(place.shape)}"
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is for {expected}")
+        require_dtype(name, place, tensor)
+        if tuple(tensor.shape) != place.shape:
+            raise _misfit(name, place, tensor)
         if name in self.checksums:
             raise ValueError(f"{name} put twice")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -70,7 +75,7 @@ class TensorStream:
                     f"{name} read back from {self.path} differs from what was written", hint="check the disk"
                 )
 
-    def _checksum(self, place: _Place) -> int:
+    def _checksum(self, place: Place) -> int:
         self.file.seek(self.data_start + place.begin)
         checksum = 0
         for start in range(0, place.size_bytes, _READ_BACK_BYTES):
@@ -78,32 +83,43 @@ class TensorStream:
         return checksum
 
 
+def require_dtype(name: str, place: Place, tensor: torch.Tensor) -> None:
+    if str(tensor.dtype) != _DTYPES[place.dtype][0]:
+        raise _misfit(name, place, tensor)
+
+
+def _misfit(name: str, place: Place, tensor: torch.Tensor) -> ValueError:
+    expected = f"{_DTYPES[place.dtype][0]} {list(place.shape)}"
+    return ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is for {expected}")
+
+
 @contextmanager
-def tensor_stream(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[TensorStream]:
+def tensor_stream(path: Path, tensors: Tensors) -> Iterator[TensorStream]:
     """A new file at `path` for the named (dtype, shape); read back when the block ends.
 
     The caller makes it atomic, as by writing into a folder of `artifacts.replace_folder`.
     """
-    places = _places(tensors)
-    header = _header(places)
+    places = places_of(tensors)
+    header = header_of(places)
     with path.open("w+b") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        stream = TensorStream(path, file, 8 + len(header), places)
+        file.write(header)
+        stream = TensorStream(path, file, len(header), places)
         yield stream
         stream.verify()
 
 
-def _places(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, _Place]:
+def places_of(tensors: Tensors) -> dict[str, Place]:
     """In safetensors' own order: wider types first, so that every tensor is aligned."""
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     begin = 0
     for name in sorted(tensors, key=lambda name: (-_DTYPES[tensors[name][0]][1], name)):
-        places[name] = _Place(*tensors[name], begin)
+        places[name] = Place(*tensors[name], begin)
         begin += places[name].size_bytes
     return places
 
 
-def _header(places: Mapping[str, _Place]) -> bytes:
+def header_of(places: Mapping[str, Place]) -> bytes:
+    """All that stands before the data, its own length first."""
     entries = {
         name: {
             "dtype": place.dtype,
@@ -113,4 +129,5 @@ def _header(places: Mapping[str, _Place]) -> bytes:
         for name, place in places.items()
     }
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    return header + b" " * (-len(header) % 8)
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header

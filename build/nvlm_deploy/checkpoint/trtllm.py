@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.checkpoint.reader import read_header, read_json
-from nvlm_deploy.checkpoint.stream import TensorStream, tensor_stream
+from nvlm_deploy.checkpoint.resumable import OpenTensor, TensorFiles, tensor_files
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout, layout_from_config
-from nvlm_deploy.checkpoint.trtllm_layout import Layout, LayoutTensor, rank_file
+from nvlm_deploy.checkpoint.trtllm_layout import Layout, LayoutTensor, Split, rank_file
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec
+from nvlm_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ class TrtllmCheckpoint:
 
     @property
     def quant_algo(self) -> str | None:
-        """`FP8`, or None for BF16 weights."""
+        """One of QUANT_ALGOS; None is BF16 weights."""
         return self.layout.quant_algo
 
     def merged_tensor(self, tensor: LayoutTensor) -> torch.Tensor:
@@ -76,28 +77,80 @@ def read_checkpoint(folder: Path) -> TrtllmCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointWriter:
-    """Rank files being filled; `put` shares a tensor among its ranks."""
+    """Rank files being filled; each tensor's rows are shared among the ranks as they come."""
 
     layout: Layout
-    streams: Sequence[TensorStream]
+    files: TensorFiles
+
+    def is_finished(self, tensor: LayoutTensor) -> bool:
+        """On every rank that has a part of it, by this run or by the one that was killed."""
+        name = self.layout.name_on_stage(tensor.name)
+        return all(self.files.is_finished(rank_file(rank), name) for rank in self.layout.ranks_of(tensor.name))
 
     def put(self, tensor: LayoutTensor, value: torch.Tensor) -> None:
-        """Write the tensor, given without parallelism, to every rank that has a part of it."""
+        """Write a tensor that is in memory, given without parallelism."""
+        with self.rows(tensor) as rows:
+            rows.append(value)
+
+    @contextmanager
+    def rows(self, tensor: LayoutTensor) -> Iterator[RowWriter]:
+        """For all rows of the tensor, given without parallelism, in order; padding follows by itself."""
         name = self.layout.name_on_stage(tensor.name)
-        for tensor_rank, rank in enumerate(self.layout.ranks_of(tensor.name)):
-            parallel = self.layout.parallelism.tensor
-            self.streams[rank].put(name, split_tensor(tensor, self.layout.spec, value, tensor_rank, parallel))
+        with ExitStack() as parts:
+            ranks = self.layout.ranks_of(tensor.name)
+            writer = RowWriter(
+                tensor,
+                [tensor.held(self.layout.spec, rank, len(ranks)) for rank in range(len(ranks))],
+                [parts.enter_context(self.files.tensor(rank_file(rank), name)) for rank in ranks],
+            )
+            yield writer
+            writer.pad()
+
+
+@dataclass
+class RowWriter:
+    """One tensor on its way to its ranks, each with the runs it holds."""
+
+    tensor: LayoutTensor
+    held: Sequence[Sequence[range]]
+    parts: Sequence[OpenTensor]
+    rows: int = field(default=0, init=False)
+
+    def append(self, rows: torch.Tensor) -> None:
+        """The next rows of the whole tensor."""
+        if rows.shape[1:] != self.tensor.shape[1:] or self.rows + len(rows) > self.tensor.shape[0]:
+            raise ValueError(f"{self.tensor.name} is {list(self.tensor.shape)}: got {list(rows.shape)} at {self.rows}")
+        by_columns = self.tensor.split is Split.COLUMNS
+        for runs, part in zip(self.held, self.parts, strict=True):
+            for run in runs:
+                part.append(rows[:, run.start : run.stop] if by_columns else _within(rows, self.rows, run))
+        self.rows += len(rows)
+
+    def pad(self) -> None:
+        """Zeros behind the last row. Raises ValueError when rows are missing."""
+        if self.rows != self.tensor.shape[0]:
+            raise ValueError(f"{self.tensor.name} is {list(self.tensor.shape)}: got {self.rows} rows")
+        for part in self.parts:
+            if part.missing_bytes:
+                part.append_bytes(bytes(part.missing_bytes))
+
+
+def _within(rows: torch.Tensor, start: int, run: range) -> torch.Tensor:
+    """Those of the rows, numbered from `start`, that lie in a run."""
+    return rows[max(run.start - start, 0) : max(run.stop - start, 0)]
 
 
 @contextmanager
-def checkpoint_writer(folder: Path, layout: Layout) -> Iterator[CheckpointWriter]:
-    """Fill a folder with config.json and rank files, one tensor in memory at a time; all read back at the end."""
-    with ExitStack() as files:
-        streams = [
-            files.enter_context(tensor_stream(folder / rank_file(rank), layout.rank_tensors(rank)))
-            for rank in range(layout.parallelism.world_size)
-        ]
-        yield CheckpointWriter(layout, streams)
+def checkpoint_writer(
+    folder: Path, layout: Layout, *, identity: str = "", on_progress: Progress = silent
+) -> Iterator[CheckpointWriter]:
+    """Fill a folder with config.json and rank files, some rows in memory at a time; all read back at the end.
+
+    The folder may hold what a killed run of the same `identity` left.
+    """
+    headers = {rank_file(rank): layout.rank_tensors(rank) for rank in range(layout.parallelism.world_size)}
+    with tensor_files(folder, headers, identity=identity, on_progress=on_progress) as files:
+        yield CheckpointWriter(layout, files)
     write_text(folder / CONFIG_NAME, json.dumps(config_from_layout(layout), indent=2) + "\n")
     read_checkpoint(folder)
 

@@ -33,7 +33,7 @@ _FIXED: dict[str, Any] = {
 
 def config_from_layout(layout: Layout) -> dict[str, Any]:
     """Every key of contract A.3, because several of the reader's defaults are wrong for Qwen2."""
-    return {**_FIXED, **_numbers(layout.spec), **_sections(layout.quant_algo, layout.parallelism)}
+    return {**_FIXED, **_numbers(layout.spec), **_sections(layout)}
 
 
 def layout_from_config(config: Mapping[str, Any]) -> Layout:
@@ -44,7 +44,9 @@ def layout_from_config(config: Mapping[str, Any]) -> Layout:
     try:
         mapping, quantization = config["mapping"], config["quantization"]
         parallelism = Parallelism(int(mapping["tp_size"]), int(mapping["pp_size"]))
-        layout = Layout(_spec_from_config(config), quantization["quant_algo"], parallelism)
+        layout = Layout(
+            _spec_from_config(config), quantization["quant_algo"], parallelism, quantization["kv_cache_quant_algo"]
+        )
     except KeyError as missing:
         raise NvlmError(f"config.json has no key {missing}", hint="write the checkpoint again") from missing
     except (TypeError, ValueError) as problem:
@@ -95,8 +97,12 @@ def _spec_from_config(config: Mapping[str, Any]) -> DecoderSpec:
     )
 
 
-def _sections(quant_algo: str | None, parallelism: Parallelism) -> dict[str, Any]:
-    """A list of excluded modules replaces TensorRT-LLM's own, so it must name lm_head (contract A.4)."""
+def _sections(layout: Layout) -> dict[str, Any]:
+    """A list of excluded modules replaces TensorRT-LLM's own, so it must name lm_head (contract A.4).
+
+    For FP8_PER_CHANNEL_PER_TOKEN its quantiser adds the final norm to any list by itself.
+    """
+    parallelism = layout.parallelism
     return {
         "mapping": {
             "world_size": parallelism.world_size,
@@ -106,8 +112,8 @@ def _sections(quant_algo: str | None, parallelism: Parallelism) -> dict[str, Any
             "gpus_per_node": 8,
         },
         "quantization": {
-            "quant_algo": quant_algo,
-            "kv_cache_quant_algo": None,
-            "exclude_modules": ["lm_head"] if quant_algo else None,
+            "quant_algo": layout.quant_algo,
+            "kv_cache_quant_algo": layout.kv_cache_quant_algo,
+            "exclude_modules": ["lm_head"] if layout.quant_algo else None,
         },
     }

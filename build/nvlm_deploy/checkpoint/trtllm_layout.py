@@ -12,8 +12,12 @@ from enum import Enum
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec
 
-FP8 = "FP8"
+# TensorRT-LLM's names: one static scale a tensor; one a weight's row, with activations scaled per token at run time
+FP8, FP8_PER_CHANNEL = "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
+QUANT_ALGOS = (None, FP8, FP8_PER_CHANNEL)
+KV_CACHE_QUANT_ALGOS = (None, FP8)
 WEIGHTS_SCALE, ACTIVATION_SCALE = "weights_scaling_factor", "activation_scaling_factor"
+PER_CHANNEL_SCALE, KV_CACHE_SCALE = "per_channel_scale", "kv_cache_scaling_factor"
 _LAYER_PREFIX = "transformer.layers."
 
 
@@ -94,10 +98,11 @@ class Layout:
     spec: DecoderSpec
     quant_algo: str | None = None
     parallelism: Parallelism = SINGLE
+    kv_cache_quant_algo: str | None = None
 
     def __post_init__(self) -> None:
-        if self.quant_algo not in (None, FP8):
-            raise NvlmError(f"quant_algo is {self.quant_algo!r}; supported: 'FP8' and null")
+        _require_known("quant_algo", self.quant_algo, QUANT_ALGOS)
+        _require_known("kv_cache_quant_algo", self.kv_cache_quant_algo, KV_CACHE_QUANT_ALGOS)
         spec = self.spec
         heads = f"{spec.heads} heads, {spec.kv_heads} key/value heads and intermediate size {spec.intermediate_size}"
         _require_legal("tensor_parallel", self.parallelism.tensor, legal_tensor_parallel(spec), heads)
@@ -115,7 +120,7 @@ class Layout:
                 tensor.split,
                 tuple(source + name for name in tensor.sources),
             )
-            for tensor in _layer_tensors(self.spec, quantised=self.quant_algo == FP8)
+            for tensor in _layer_tensors(self.spec, self.quant_algo, self.kv_cache_quant_algo)
         ]
 
     @property
@@ -178,7 +183,10 @@ def rank_file(rank: int) -> str:
 
 
 def legal_tensor_parallel(spec: DecoderSpec) -> list[int]:
-    """Rank counts that share heads and MLP channels equally; key/value heads divide or are repeated evenly."""
+    """Rank counts that share heads and MLP channels equally; key/value heads divide or are repeated evenly.
+
+    The vocabulary forbids none: it is padded to a multiple of the ranks (contract A.8).
+    """
     return [
         ranks
         for ranks in range(1, spec.heads + 1)
@@ -188,16 +196,25 @@ def legal_tensor_parallel(spec: DecoderSpec) -> list[int]:
     ]
 
 
+def _require_known(what: str, value: str | None, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        names = ", ".join(repr(name) for name in known if name)
+        raise NvlmError(f"{what} is {value!r}; supported: {names} and null")
+
+
 def _require_legal(what: str, value: int, legal: list[int], of: str) -> None:
     if value not in legal:
-        raise NvlmError(f"{what} {value} cannot share {of}", hint=f"legal: {', '.join(map(str, legal))}")
+        every = f"1 to {legal[-1]}" if len(legal) == legal[-1] else ", ".join(map(str, legal))
+        raise NvlmError(f"{what} {value} cannot share {of}", hint=f"legal: {every}")
 
 
 def _bf16(name: str, shape: tuple[int, ...], split: Split, *sources: str) -> LayoutTensor:
     return LayoutTensor(name, "BF16", shape, split, sources)
 
 
-def _layer_tensors(spec: DecoderSpec, *, quantised: bool) -> Iterator[LayoutTensor]:
+def _layer_tensors(
+    spec: DecoderSpec, quant_algo: str | None, kv_cache_quant_algo: str | None
+) -> Iterator[LayoutTensor]:
     """Tensors of one layer, named within it (contract A.5).
 
     `mlp.fc` is Hugging Face's gate_proj and `mlp.gate` its up_proj: swapping them goes unnoticed and ruins the output.
@@ -216,11 +233,21 @@ def _layer_tensors(spec: DecoderSpec, *, quantised: bool) -> Iterator[LayoutTens
         ("mlp.proj", (hidden, inner), Split.COLUMNS, ["mlp.down_proj"]),
     ]
     for name, shape, split, sources in linears:
-        dtype = "F8_E4M3" if quantised else "BF16"
+        dtype = "F8_E4M3" if quant_algo else "BF16"
         yield LayoutTensor(f"{name}.weight", dtype, shape, split, tuple(f"{source}.weight" for source in sources))
-        if quantised:
-            yield LayoutTensor(f"{name}.{WEIGHTS_SCALE}", "F32", (1,))
-            yield LayoutTensor(f"{name}.{ACTIVATION_SCALE}", "F32", (1,))
+        yield from _linear_scales(name, shape[0], split, quant_algo)
+    if kv_cache_quant_algo:
+        yield LayoutTensor(f"attention.{KV_CACHE_SCALE}", "F32", (1,))
+
+
+def _linear_scales(name: str, outputs: int, split: Split, quant_algo: str | None) -> Iterator[LayoutTensor]:
+    """A scale a row goes where its row goes; ranks that share the columns have all rows."""
+    if quant_algo == FP8:
+        yield LayoutTensor(f"{name}.{WEIGHTS_SCALE}", "F32", (1,))
+        yield LayoutTensor(f"{name}.{ACTIVATION_SCALE}", "F32", (1,))
+    if quant_algo == FP8_PER_CHANNEL:
+        rows = Split.WHOLE if split is Split.COLUMNS else split
+        yield LayoutTensor(f"{name}.{PER_CHANNEL_SCALE}", "F32", (outputs,), rows)
 
 
 def _held_heads(spec: DecoderSpec, tensor_rank: int, tensor_parallel: int) -> list[range]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nvlm_deploy.model.fp8 import to_e4m3, widened
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec
 from nvlm_deploy.model.vision import JointRmsNorm, require_shapes
 
@@ -26,7 +27,7 @@ class LayerCache(Protocol):
         ...
 
 
-# (name in the layer, input width, output width, bias) -> the module that multiplies
+# (name in the layer or `lm_head`, input width, output width, bias) -> the module that multiplies
 LinearFactory = Callable[[str, int, int, bool], nn.Module]
 
 
@@ -36,17 +37,28 @@ def plain_linear(_name: str, inputs: int, outputs: int, bias: bool) -> nn.Module
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions (NeoX halves); biases on q, k, v only."""
+    """Grouped-query attention with rotary positions (NeoX halves); biases on q, k, v only.
+
+    With `key_scale` and `value_scale` (float32 scalars) the KV cache is FP8: it is given e4m3 codes, and every query,
+    also one of the same pass, sees keys and values as the cache has them. With `qkv_proj` (rows: all q, all k, all v)
+    that stands in for the three; see model.fused.
+    """
 
     def __init__(self, spec: DecoderSpec, linear: LinearFactory) -> None:
         super().__init__()
         query_width, kv_width = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
         self.head_size = spec.head_size
+        self.heads, self.kv_heads = spec.heads, spec.kv_heads
         self.grouped = spec.heads != spec.kv_heads
         self.q_proj = linear("self_attn.q_proj", spec.hidden_size, query_width, True)
         self.k_proj = linear("self_attn.k_proj", spec.hidden_size, kv_width, True)
         self.v_proj = linear("self_attn.v_proj", spec.hidden_size, kv_width, True)
         self.o_proj = linear("self_attn.o_proj", query_width, spec.hidden_size, False)
+        self.qkv_proj: nn.Module | None = None
+        self.register_buffer("key_scale", None)
+        self.register_buffer("value_scale", None)
+        self.key_scale: torch.Tensor | None
+        self.value_scale: torch.Tensor | None
 
     def forward(
         self,
@@ -55,33 +67,65 @@ class DecoderAttention(nn.Module):
         mask: torch.Tensor | None,
         cache: LayerCache | None,
     ) -> torch.Tensor:
-        q = rotate(self._by_head(self.q_proj(x)), *rotary)
-        k = rotate(self._by_head(self.k_proj(x)), *rotary)
-        v = self._by_head(self.v_proj(x))
+        q, k, v = self._projected(x, rotary)
+        k, v = _cached(k, self.key_scale), _cached(v, self.value_scale)
         if cache is not None:
             k, v = cache.update(k, v)
+        k, v = _seen(k, self.key_scale, q.dtype), _seen(v, self.value_scale, q.dtype)
         attended = functional.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
         projected: torch.Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return projected
+
+    def _projected(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each [batch, its heads, tokens, head_size]; queries and keys rotated."""
+        if self.qkv_proj is None:
+            q, k, v = (self._by_head(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+            return rotate(q, *rotary), rotate(k, *rotary), v
+        together, v = self._by_head(self.qkv_proj(x)).split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        q, k = rotate(together, *rotary).split([self.heads, self.kv_heads], dim=1)
+        return q, k, v
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         by_head: torch.Tensor = x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         return by_head
 
 
+def _cached(states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What goes into the cache."""
+    return states if scale is None else to_e4m3(states, scale)
+
+
+def _seen(states: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What attention makes of that which the cache returned."""
+    if scale is None:
+        return states.to(dtype)
+    values = widened(states) if states.dtype == torch.float8_e4m3fn else states.float()
+    return (values * scale).to(dtype)
+
+
 class DecoderMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)). In a TensorRT-LLM checkpoint gate is called `fc` and up is called `gate`."""
+    """down(silu(gate(x)) * up(x)). In a TensorRT-LLM checkpoint gate is called `fc` and up is called `gate`.
+
+    With `gate_up_proj` (rows: all of gate, all of up) that stands in for the two; see model.fused.
+    """
 
     def __init__(self, spec: DecoderSpec, linear: LinearFactory) -> None:
         super().__init__()
         self.gate_proj = linear("mlp.gate_proj", spec.hidden_size, spec.intermediate_size, False)
         self.up_proj = linear("mlp.up_proj", spec.hidden_size, spec.intermediate_size, False)
         self.down_proj = linear("mlp.down_proj", spec.intermediate_size, spec.hidden_size, False)
+        self.gate_up_proj: nn.Module | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        hidden: torch.Tensor = self.down_proj(functional.silu(gate) * up)
         return hidden
 
 
@@ -128,7 +172,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = DecoderBody(spec, linear)
-        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.lm_head = linear("lm_head", spec.hidden_size, spec.vocab_size, False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def has_fp8_kv_cache(self) -> bool:
+        """Whether caches are given e4m3 codes."""
+        return any(part.key_scale is not None for part in self.modules() if isinstance(part, DecoderAttention))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [..., tokens] -> [..., tokens, hidden]."""

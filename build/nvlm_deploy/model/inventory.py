@@ -14,6 +14,9 @@ READABLE_DTYPES = ("BF16", "F16", "F32")
 
 PARTS = {"vision_model": "vision_model.", "projector": "mlp1.", "language_model": "language_model."}
 
+# made from the config again by who reads it; older exports of Qwen2 store it
+DERIVED = ".rotary_emb.inv_freq"
+
 Shape = tuple[int, ...]
 
 
@@ -28,18 +31,31 @@ def vision_tensors(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def require_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
-    """Names the checkpoint holds beyond the expected ones; NvlmError for the first missing or misshapen tensor."""
+    """Names of no part of the model, which the checkpoint holds beyond the expected ones.
+
+    Raises NvlmError for the first missing or misshapen tensor, and for one more than the config knows in a part: a
+    layer or a bias left out would be another model.
+    """
     expected = expected_tensors(spec)
+    extra = sorted(set(checkpoint.names) - set(expected))
+    strangers = [name for name in extra if name.startswith(tuple(PARTS.values())) and not name.endswith(DERIVED)]
     missing = [name for name in expected if name not in checkpoint.infos]
     if missing:
+        unknown = f"; unknown there: {strangers[0]}" if strangers else ""
         raise NvlmError(
-            f"{len(missing)} of {len(expected)} tensors missing in {checkpoint.folder}, first {missing[0]}",
+            f"{len(missing)} of {len(expected)} tensors missing in {checkpoint.folder}, first {missing[0]}{unknown}",
             hint="fetch the checkpoint's shards and index again, or check that it is NVLM-D",
         )
     for name, shape in expected.items():
         require_shape(checkpoint, name, shape)
         _require_dtype(checkpoint, name)
-    return sorted(set(checkpoint.names) - set(expected))
+    if strangers:
+        raise NvlmError(
+            f"{checkpoint.folder} holds {len(strangers)} tensors that its config.json does not know, "
+            f"first {strangers[0]}",
+            hint="fetch config.json of this checkpoint again: its layers, biases or norms are not those of the weights",
+        )
+    return extra
 
 
 def require_shape(checkpoint: Checkpoint, name: str, expected: Shape) -> None:

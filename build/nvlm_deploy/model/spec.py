@@ -179,6 +179,9 @@ def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec
     _require_divides(image_size, patch_size, "vision_config.image_size", "patch_size")
     section.require("qk_normalization", True, "InternViT-6B-V1-5 normalises q and k")
     section.require("qkv_bias", False, "InternViT-6B-V1-5 has no bias on qkv")
+    section.require("norm_type", "rms_norm", "InternViT-6B-V1-5 has no other")
+    section.require("hidden_act", "gelu", "InternViT-6B-V1-5 has the exact GELU")
+    section.require("num_channels", 3, "tiles are RGB")
     return VisionSpec(
         hidden_size=hidden,
         intermediate_size=section.integer("intermediate_size"),
@@ -198,6 +201,8 @@ def _decoder_spec(section: ConfigSection) -> DecoderSpec:
     kv_heads = section.integer("num_key_value_heads", heads)
     _require_divides(heads, kv_heads, "llm_config.num_attention_heads", "num_key_value_heads")
     section.require("tie_word_embeddings", False, "NVLM-D has an output head of its own")
+    section.require("hidden_act", "silu", "Qwen2 has SwiGLU")
+    section.require("mlp_bias", False, "Qwen2 has biases on q, k and v only")
     return DecoderSpec(
         vocab_size=section.integer("vocab_size", 152064),
         hidden_size=hidden,

@@ -64,13 +64,13 @@ def read_requests(file: Path) -> list[Request]:
     return requests
 
 
-def load_model(folder: Path, images_per_request: int) -> Any:
+def load_model(folder: Path, images_per_request: int, dtype: str) -> Any:
     from vllm import LLM
 
     return LLM(
         str(folder),
         trust_remote_code=True,  # the folder's configuration_nvlm_d.py
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
@@ -120,11 +120,23 @@ def generate(model: Any, requests: list[Request]) -> tuple[list[Result], float]:
     return [result(output) for output in outputs], time.monotonic() - start
 
 
-def answer(folder: Path, requests: list[Request]) -> dict[str, Any]:
+def save_weights(model: Any, file: Path) -> None:
+    """What the engine computes with: fused, split and requantised as it wants them."""
+    from safetensors.torch import save_file
+
+    def state(network: Any) -> dict[str, Any]:
+        return {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+
+    save_file(model.apply_model(state)[0], file)
+
+
+def answer(folder: Path, requests: list[Request], dtype: str, weights: Path | None) -> dict[str, Any]:
     """The whole document for RESULTS; the first request is answered twice, so that `answer` seconds hold no warm-up."""
     start = time.monotonic()
-    model = load_model(folder, max([1, *(len(request["images"]) for request in requests)]))
+    model = load_model(folder, max([1, *(len(request["images"]) for request in requests)]), dtype)
     load = time.monotonic() - start
+    if weights is not None:
+        save_weights(model, weights)
     _, first = generate(model, requests[:1])
     results, seconds = generate(model, requests)
     return {
@@ -145,6 +157,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("requests", type=Path)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--dtype", default="float32", help="of activations; FP8 weights need bfloat16 or float16")
+    parser.add_argument("--weights", type=Path, help="safetensors file for the network's tensors after loading")
     arguments = parser.parse_args()
     try:
         requests = read_requests(arguments.requests)
@@ -152,7 +166,7 @@ def main() -> None:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         prepare_environment(scratch)
-        write_document(arguments.results, answer(arguments.checkpoint, requests))
+        write_document(arguments.results, answer(arguments.checkpoint, requests, arguments.dtype, arguments.weights))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ answer is refused by name. Nothing is ignored silently.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.fused import fused
 from nvlm_deploy.model.reference import decoder_from_trtllm
 from nvlm_deploy.serving import backend
-from nvlm_deploy.serving.reference import ReferenceEngine, SlottedKvCache
+from nvlm_deploy.serving.kv_cache import SlottedKvCache
+from nvlm_deploy.serving.reference import ReferenceEngine
 from nvlm_deploy.serving.sampling import SamplingSettings
 from nvlm_deploy.serving.scheduler import Generation, Progress, Scheduler
 from nvlm_deploy.serving.settings import ServingSettings
@@ -53,6 +56,9 @@ _ONLY_VALUE = {
     "return_perf_metrics": False,
 }
 _SPECS = {spec.name: spec for spec in tensors.DECODER_INPUTS}
+_COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# FP8 for a checkpoint with an FP8 cache; in the wider types such a cache holds the same values
+_KV_CACHE_TYPES = {**_COMPUTE_TYPES, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 class TritonPythonModel:
@@ -216,21 +222,20 @@ def empty_response() -> Any:
 
 def engine_from_settings(settings: ServingSettings) -> ReferenceEngine:
     """The decoder and its KV cache, as config.pbtxt says."""
-    decoder = decoder_from_trtllm(settings.folder, torch_type(settings, "compute_dtype"))
+    decoder = decoder_from_trtllm(settings.folder, torch_type(settings, "compute_dtype", _COMPUTE_TYPES))
     cache = SlottedKvCache(
         decoder.spec,
         slots=settings.integer("max_batch_size"),
         max_seq_len=settings.integer("max_seq_len"),
-        dtype=torch_type(settings, "kv_cache_dtype"),
+        dtype=torch_type(settings, "kv_cache_dtype", _KV_CACHE_TYPES),
     )
-    engine = ReferenceEngine(decoder, cache)
+    engine = ReferenceEngine(fused(decoder), cache)
     engine.warm_up()
     return engine
 
 
-def torch_type(settings: ServingSettings, key: str) -> torch.dtype:
-    """The element type a parameter names; NvlmError for any but these two."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+def torch_type(settings: ServingSettings, key: str, known: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The element type a parameter names; NvlmError for any but the known ones."""
     if settings.text(key) not in known:
         raise NvlmError(f"parameter {key} is {settings.text(key)!r}, expected one of {', '.join(known)}")
     return known[settings.text(key)]

@@ -3,94 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.decoder import Decoder, LayerCache
-from nvlm_deploy.model.spec import DecoderSpec
-
-
-class SlottedKvCache:
-    """Keys and values of a fixed number of sequences; all memory is taken at once."""
-
-    def __init__(self, spec: DecoderSpec, *, slots: int, max_seq_len: int, dtype: torch.dtype) -> None:
-        shape = (slots, spec.kv_heads, max_seq_len, spec.head_size)
-        self.max_seq_len = max_seq_len
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layers)]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layers)]
-
-    def prefill_views(self, slot: int) -> list[LayerCache]:
-        """One cache per layer for the first tokens of `slot`."""
-        return [_PrefillView(keys[slot], values[slot]) for keys, values in zip(self.keys, self.values, strict=True)]
-
-    def clear(self, slot: int, tokens: int) -> None:
-        """Forget a sequence. Masked keys weigh zero, but zero times a NaN left behind would be NaN."""
-        for cache in (*self.keys, *self.values):
-            cache[slot, :, :tokens] = 0
-
-    def decode_views(self, slots: Sequence[int], positions: torch.Tensor) -> list[LayerCache]:
-        """One cache per layer for one token each of `slots`, at `positions` [sequences]."""
-        index = torch.tensor(slots)
-        is_view = list(slots) == list(range(len(slots)))
-        total = int(positions.max()) + 1
-        return [
-            _DecodeView(keys, values, index, positions, total, is_view)
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class _PrefillView:
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = keys.shape[2]
-        self.keys[:, :tokens] = keys[0]
-        self.values[:, :tokens] = values[0]
-        return keys, values
-
-
-@dataclass(frozen=True)
-class _DecodeView:
-    keys: torch.Tensor
-    values: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-    total: int
-    is_view: bool
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[self.slots, :, self.positions] = keys[:, :, 0].to(self.keys.dtype)
-        self.values[self.slots, :, self.positions] = values[:, :, 0].to(self.values.dtype)
-        return self._batch(self.keys), self._batch(self.values)
-
-    def _batch(self, cache: torch.Tensor) -> torch.Tensor:
-        rows = cache[: len(self.slots)] if self.is_view else cache[self.slots]
-        return rows[:, :, : self.total]
+from nvlm_deploy.serving.kv_cache import SlottedKvCache
 
 
 class ReferenceEngine:
-    """The scheduler's engine on a torch decoder."""
+    """The scheduler's engine on a torch decoder. Raises NvlmError for a cache of another kind than the decoder's."""
 
     def __init__(self, decoder: Decoder, cache: SlottedKvCache) -> None:
+        _require_holds(cache, decoder)
         self.decoder = decoder
         self.cache = cache
-        self.slots = cache.keys[0].shape[0]
+        self.slots = cache.slots
         self._lengths = [0] * self.slots
+        self._replay: DecodeReplay | None = None
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """One short sequence: torch sets its kernels up at their first use."""
+        """One short sequence: torch sets its kernels up at their first use. On a GPU decoding is recorded as well."""
         self.prefill(0, [0, 0], None)
         self.decode([0], [0])
         self.release(0)
+        if self.decoder.device.type == "cuda":
+            self._replay = DecodeReplay(self)
 
     @torch.inference_mode()
     def prefill(self, slot: int, prompt: Sequence[int], table: torch.Tensor | None) -> torch.Tensor:
         """Logits [vocab] after the whole prompt."""
-        embeddings = prompt_embeddings(self.decoder, torch.tensor(prompt), table)
+        embeddings = prompt_embeddings(self.decoder, torch.tensor(prompt, device=self.decoder.device), table)
         hidden = self.decoder.hidden_states(embeddings[None], caches=self.cache.prefill_views(slot))
         self._lengths[slot] = len(prompt)
         return self._logits(hidden[0, -1])
@@ -98,16 +42,26 @@ class ReferenceEngine:
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
         """Logits [sequences, vocab]; the batch is one forward pass."""
-        positions = torch.tensor([self._lengths[slot] for slot in slots])
-        reachable = torch.arange(int(positions.max()) + 1) <= positions[:, None]
-        hidden = self.decoder.hidden_states(
-            self.decoder.embed(torch.tensor(tokens)[:, None]),
-            positions=positions[:, None],
-            mask=reachable[:, None, None],
-            caches=self.cache.decode_views(slots, positions),
-        )
+        if self._replay is None:
+            lengths = [self._lengths[slot] for slot in slots]
+            positions = torch.tensor(lengths, device=self.decoder.device)
+            views = self.cache.decode_views(slots, positions, max(lengths) + 1)
+            logits = self.step(torch.tensor(tokens, device=self.decoder.device), positions, views, max(lengths) + 1)
+        else:
+            logits = self._replay.run(slots, tokens, self._lengths)
         for slot in slots:
             self._lengths[slot] += 1
+        return logits
+
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, views: list[LayerCache], total: int) -> torch.Tensor:
+        """Logits [sequences, vocab] after one token each [sequences], at `positions` below `total`."""
+        reachable = torch.arange(total, device=positions.device) <= positions[:, None]
+        hidden = self.decoder.hidden_states(
+            self.decoder.embed(tokens[:, None]),
+            positions=positions[:, None],
+            mask=reachable[:, None, None],
+            caches=views,
+        )
         return self._logits(hidden[:, -1])
 
     def release(self, slot: int) -> None:
@@ -118,6 +72,58 @@ class ReferenceEngine:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.decoder.lm_head(hidden).float()
         return logits
+
+
+class DecodeReplay:
+    """One decoding step of all slots over the whole cache: shapes never change, so a GPU can replay its launches.
+
+    A slot that is not asked for computes something into the place where its own next token will go, which nobody reads.
+    Recording and replaying were NOT RUN: no GPU was at hand; on a CPU `run` computes the same step directly, for tests.
+    """
+
+    def __init__(self, engine: ReferenceEngine) -> None:
+        self.engine = engine
+        self.tokens = torch.zeros(engine.slots, dtype=torch.long, device=engine.decoder.device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.total = engine.cache.max_seq_len
+        self.views = engine.cache.decode_views(range(engine.slots), self.positions, self.total)
+        self.graph = self._recorded() if self.tokens.is_cuda else None
+
+    def run(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Logits of `slots` after one token each; `lengths` are those of every slot."""
+        every = [0] * self.engine.slots
+        for slot, token in zip(slots, tokens, strict=True):
+            every[slot] = token
+        self.tokens.copy_(torch.tensor(every))
+        self.positions.copy_(torch.tensor([min(length, self.total - 1) for length in lengths]))
+        if self.graph is None:
+            self.logits = self._step()
+        else:
+            self.graph.replay()
+        return self.logits[list(slots)]
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        """torch wants the step run on another stream before it is recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._step()
+        return graph
+
+    def _step(self) -> torch.Tensor:
+        return self.engine.step(self.tokens, self.positions, self.views, self.total)
+
+
+def _require_holds(cache: SlottedKvCache, decoder: Decoder) -> None:
+    if cache.dtype == torch.float8_e4m3fn and not decoder.has_fp8_kv_cache:
+        raise NvlmError(
+            "the KV cache is FP8, the decoder checkpoint has no kv_cache_scaling_factor",
+            hint='set kv_cache = "fp8" in the profile and build the decoder again',
+        )
 
 
 def prompt_embeddings(decoder: Decoder, ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
@@ -132,5 +138,5 @@ def prompt_embeddings(decoder: Decoder, ids: torch.Tensor, table: torch.Tensor |
         raise NvlmError(f"input_ids refer to row {int(ids.max()) - vocab_size} of a prompt table with {rows} rows")
     embeddings = decoder.embed(ids.masked_fill(visual, 0))
     if table is not None:
-        embeddings[visual] = table[ids[visual] - vocab_size].to(embeddings.dtype)
+        embeddings[visual] = table.to(ids.device)[ids[visual] - vocab_size].to(embeddings.dtype)
     return embeddings

@@ -9,6 +9,7 @@ from nvlm_deploy import sku
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.profile import load_profile, profile_folder
 from nvlm_deploy.sku import load_sku, sku_names
+from nvlm_deploy.vision.tensorrt import RTX_TARGETS
 
 CAPABILITIES = {
     "a100-80gb": "8.0",
@@ -26,12 +27,41 @@ CAPABILITIES = {
 def test_every_shipped_sku_loads_by_name_and_cites_its_source(name):
     loaded = load_sku(name)
     assert (loaded.name, loaded.compute_capability) == (name, CAPABILITIES[name])
-    assert loaded.source
+    assert all(loaded.sources.values())
 
 
 def test_fp8_begins_with_ada_and_bf16_with_ampere():
     assert [name for name in sku_names() if not load_sku(name).has_fp8] == ["a100-80gb", "cpu"]
     assert [name for name in sku_names() if not load_sku(name).has_bf16] == ["cpu"]
+
+
+def test_every_gpu_states_what_a_plan_needs():
+    for gpu in (load_sku(name) for name in sku_names() if name != "cpu"):
+        assert gpu.visible_bytes
+        assert gpu.bandwidth_gb_s
+        assert gpu.price_usd_per_hour
+        assert {"bf16", "fp16"} <= set(gpu.dense_tflops)
+
+
+def test_what_the_marketing_calls_the_memory_is_more_than_what_is_visible():
+    assert load_sku("h100-sxm-80gb").visible_bytes < 80 * 2**30
+    assert load_sku("cpu").visible_bytes == 0
+
+
+def test_tensorrt_rtx_is_listed_where_its_builder_has_a_target():
+    listed = {name for name in sku_names() if "tensorrt_rtx" in load_sku(name).runtimes}
+    assert listed == {name for name in sku_names() if load_sku(name).compute_capability in RTX_TARGETS}
+
+
+def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
+    h200 = load_sku("h200-141gb")
+    assert h200.is_gpu("NVIDIA H200", "9.0")
+    assert not h200.is_gpu("NVIDIA H200 NVL", "9.0")
+    assert not h200.is_gpu("NVIDIA H200", "10.0")
+
+
+def test_an_engine_depends_on_no_price():
+    assert load_sku("l40s").build_facts == {"name": "l40s", "compute_capability": "8.9"}
 
 
 def test_capabilities_compare_as_numbers_not_as_text():
@@ -62,10 +92,17 @@ def test_every_shipped_profile_names_a_shipped_sku(profile):
 @pytest.mark.parametrize(
     ("content", "telling"),
     [
-        ('description = "x"\nsource = "y"\ncompute_capability = 8.9', "compute_capability: .*string"),
-        ('description = "x"\nsource = "y"\ncompute_capability = "sm89"', "compute_capability: .*pattern"),
-        ('description = "x"', "source: field required"),
-        ('description = "x"\nsource = "y"\nmemory = 1', "memory: extra inputs are not permitted"),
+        ('description = "x"\ncompute_capability = 8.9\nsources = {a = "b"}', "compute_capability: .*string"),
+        ('description = "x"\ncompute_capability = "sm89"\nsources = {a = "b"}', "compute_capability: .*pattern"),
+        ('description = "x"', "sources: field required"),
+        ('description = "x"\nmemory = 1\nsources = {a = "b"}', "memory: extra inputs are not permitted"),
+        ('description = "x"\nvisible_gib = 80.0\nsources = {runtimes = "b"}', "no source for visible_gib"),
+        ('description = "x"\nsources = {visible_gib = "b"}', "source of visible_gib"),
+        (
+            'description = "x"\ncompute_capability = "8.0"\ndense_tflops = {bf16 = 1.0, fp8 = 2.0}\n'
+            'sources = {compute_capability = "y", dense_tflops = "y"}',
+            "disagree on fp8",
+        ),
         ("description = ", "is not TOML"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Know before you build: memory, disk, time and latency by arithmetic, each number with its origin. No GPU."""

@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# a worker for each core, each with one thread; a file's tests stay together, for what they share is made once a worker
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 .PHONY: setup demo test quick lint types bench oracle-vllm
 
@@ -30,10 +32,10 @@ types: $(VENV)/.setup-test
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest
+	$(PYTEST)
 
 quick: lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(VENV)/.setup-test
 	set -e; for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench; done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nvlm_deploy import digest
 from nvlm_deploy.artifacts import (
     MANIFEST_NAME,
     Manifest,
@@ -20,12 +22,14 @@ from nvlm_deploy.artifacts import (
     read_manifest,
     replace_file,
     replace_folder,
+    sha256_of,
     sha256_of_json,
     tool_versions,
     verify,
     write_manifest,
     write_text,
 )
+from nvlm_deploy.digest import KnownDigests
 from nvlm_deploy.errors import MachineError, NvlmError
 
 
@@ -66,6 +70,83 @@ def test_one_flipped_bit_is_found_and_named(artifact, place):
     (artifact / "weights.bin").write_bytes(content)
     with pytest.raises(NvlmError, match=r"weights\.bin changed"):
         verify(artifact)
+
+
+def test_one_flipped_bit_anywhere_in_a_manifest_is_found(artifact):
+    path = artifact / MANIFEST_NAME
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << place % 8)]) + content[place + 1 :])
+        with pytest.raises(NvlmError, match="damaged"):
+            read_manifest(artifact)
+    path.write_bytes(content)
+    verify(artifact)
+
+
+def test_a_manifest_that_says_the_same_in_other_words_is_not_the_one_that_was_written(artifact):
+    path = artifact / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    with pytest.raises(NvlmError, match="changed after it was written"):
+        verify(artifact)
+
+
+def test_a_manifest_from_before_there_were_seals_still_counts(artifact):
+    manifest = json.loads((artifact / MANIFEST_NAME).read_text())
+    for later in ("seal", "profile", "calibration", "fingerprints"):
+        del manifest[later]
+    (artifact / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    assert verify(artifact).manifest.seal == ""
+    (artifact / "weights.bin").write_bytes(b"other")
+    with pytest.raises(NvlmError, match=r"weights\.bin changed"):
+        verify(artifact)
+
+
+def test_what_json_cannot_hold_as_it_is_does_not_break_the_seal(artifact):
+    write_manifest(artifact, manifest_of(artifact, notes={1: (2, 3), "two": {10: "x", 9: "y"}, "none": float("nan")}))
+    assert verify(artifact).manifest.notes["1"] == [2, 3]
+
+
+def test_a_link_to_a_folder_that_nobody_looked_at_is_found(artifact, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (artifact / "2").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(NvlmError, match="2 not in the manifest"):
+        verify(artifact)
+
+
+def test_digests_are_those_of_sha256sum(artifact):
+    listed = subprocess.run(["sha256sum", *digests(artifact)], cwd=artifact, capture_output=True, text=True, check=True)
+    assert dict(reversed(line.split()) for line in listed.stdout.splitlines()) == digests(artifact)
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_a_digest_does_not_depend_on_how_a_file_is_cut_into_pieces(tmp_path, size):
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_is_read_once_for_all_its_links_and_again_when_it_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(digest, "sha256_of", lambda path: read.append(path.name) or "d" * 64)
+    known = KnownDigests()
+    (tmp_path / "one").write_bytes(b"1")
+    (tmp_path / "link").hardlink_to(tmp_path / "one")
+    assert known.of([tmp_path / "one", tmp_path / "link"]) == dict.fromkeys(
+        [tmp_path / "one", tmp_path / "link"], "d" * 64
+    )
+    known.of([tmp_path / "one"])
+    assert len(read) == 1
+    (tmp_path / "one").write_bytes(b"longer")
+    known.of([tmp_path / "link"])
+    assert len(read) == 2
+
+
+def test_what_a_writer_hands_over_is_not_read_again(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"1")
+    known = KnownDigests()
+    known.remember(tmp_path / "file", "handed over")
+    monkeypatch.setattr(digest, "sha256_of", None)
+    assert known.of([tmp_path / "file"]) == {tmp_path / "file": "handed over"}
 
 
 def test_a_missing_and_an_added_file_are_named(artifact):

@@ -88,8 +88,8 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(tmp_path, text, befo
 
 
 def test_several_mistakes_are_named_at_once(tmp_path, text):
-    wrong = text.replace("max_seq_len", "max_sequence_len").replace("samples = 64", "samples = 0")
-    with pytest.raises(NvlmError, match=r"max_sequence_len.*samples is 0"):
+    wrong = text.replace("max_seq_len", "max_sequence_len").replace("samples = 64", "samples = -1")
+    with pytest.raises(NvlmError, match=r"max_sequence_len.*samples is -1"):
         load_profile(written(tmp_path, wrong))
 
 

@@ -10,21 +10,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nvlm_deploy.digest import sha256_of as sha256_of  # what most callers want of that module
+from nvlm_deploy.digest import sha256_of_files
 from nvlm_deploy.errors import MachineError, NvlmError
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"
 EVIDENCE_LEVELS = ("measured", "contract-checked", "published", "derived", "not run")
 LICENCE_NOTE = "derived from the named checkpoint; NVLM-D-72B weights are CC-BY-NC-4.0 (non-commercial)"
 _PARTIAL = ".partial-"
 _REPLACED = "old-"
 _BEGUN = "begun-"
 _IDENTITY_DIGITS = 16
+DigestsOf = Callable[[Iterable[Path]], Mapping[Path, str]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Manifest:
     """What an artifact is and where it came from.
 
     `outputs` and `inputs` map names to SHA-256; `key` is the digest of inputs and settings that decides "up to date".
+    `profile` is all of it, `calibration` the lists behind the scales ({"folder", "files": {name: SHA-256}}),
+    `fingerprints` what the engines are bound to, by the step that built them (fingerprint.py). `seal` is the digest of
+    everything else here; manifests that were written before there were seals have none.
     """
 
     kind: str
@@ -44,6 +51,20 @@ class Manifest:
     created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     licence: str = LICENCE_NOTE
     notes: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
+    calibration: Sequence[Mapping[str, Any]] = ()
+    fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seal: str = ""
+
+    @property
+    def sealed(self) -> Manifest:
+        """Itself with its seal."""
+        return replace(self, seal=sha256_of_json(asdict(replace(self, seal=""))))
+
+    @property
+    def text(self) -> str:
+        """As it stands in the file, byte for byte."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
@@ -54,25 +75,28 @@ class Artifact:
     manifest: Manifest
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, streamed."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of_json(value: object) -> str:
     """SHA-256 of a value by its canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder but its manifest, by relative path.
+def digests(folder: Path, digests_of: DigestsOf = sha256_of_files) -> dict[str, str]:
+    """SHA-256 of each of an artifact's files (`files_of`), by relative path."""
+    files = files_of(folder)
+    by_path = digests_of(files.values())
+    return {name: by_path[path] for name, path in files.items()}
 
-    Left out is what Python writes beside a module it imports, as Triton's stubs do with every `model.py` they load.
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Each file below a folder, by relative path, but its manifest and signature.
+
+    Left out is what Python writes beside a module it imports, as Triton's stubs do with every `model.py` they load. A
+    link to a folder counts as a file: nobody looked at what is behind it.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    kept = [path for path in files if path.parent.name != "__pycache__"]
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in kept}
+    found = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    own = {folder / MANIFEST_NAME, folder / SIGNATURE_NAME}
+    kept = [path for path in found if path not in own and path.parent.name != "__pycache__"]
+    return {path.relative_to(folder).as_posix(): path for path in kept}
 
 
 def tool_versions(distributions: Sequence[str]) -> dict[str, str]:
@@ -87,33 +111,57 @@ def tool_versions(distributions: Sequence[str]) -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises NvlmError when a folder has no readable manifest."""
+    """Raises NvlmError when a folder has no manifest, or one with a byte other than it was written with."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise NvlmError(f"{folder} has no {MANIFEST_NAME}: not a finished artifact", hint="build it again")
+    hint = f"remove {folder} and build it again"
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_bytes().decode("utf-8")
+        manifest = Manifest(**json.loads(text))
     except (ValueError, TypeError) as problem:
-        raise NvlmError(f"{path} is damaged: {problem}", hint=f"remove {folder} and build it again") from problem
+        raise NvlmError(f"{path} is damaged: {problem}", hint=hint) from problem
+    if manifest.seal and (manifest.text != text or manifest.sealed != manifest):
+        raise NvlmError(f"{path} is damaged: it was changed after it was written", hint=hint)
+    return manifest
 
 
 def verify(folder: Path) -> Artifact:
     """The artifact, if every file is byte for byte what its manifest says. Raises NvlmError naming what differs."""
     manifest = read_manifest(folder)
-    found = digests(folder)
-    missing = sorted(set(manifest.outputs) - set(found))
-    extra = sorted(set(found) - set(manifest.outputs))
-    changed = sorted(name for name in found.keys() & manifest.outputs.keys() if found[name] != manifest.outputs[name])
-    for state, names in (("missing", missing), ("changed", changed), ("not in the manifest", extra)):
-        if names:
-            raise NvlmError(f"{folder}: {', '.join(names[:5])} {state}", hint="build the artifact again with --force")
+    found = changes(folder, manifest)
+    if found:
+        raise NvlmError(f"{folder}: {found[0]}", hint="build the artifact again with --force, or fetch it again")
     return Artifact(folder, manifest)
 
 
+def changes(folder: Path, manifest: Manifest, digests_of: DigestsOf = sha256_of_files) -> list[str]:
+    """What a folder holds otherwise than its manifest says, a sentence for each way: missing, changed, added."""
+    files = files_of(folder)
+    listed = files.keys() & manifest.outputs.keys()
+    # what cannot be read is not what was written
+    regular = {name: files[name] for name in listed if files[name].is_file()}
+    by_path = digests_of(regular.values())
+    ways = {
+        "missing": manifest.outputs.keys() - files.keys(),
+        "changed": {name for name in listed if by_path.get(files[name]) != manifest.outputs[name]},
+        "not in the manifest": files.keys() - manifest.outputs.keys(),
+    }
+    return [f"{some(sorted(names))} {way}" for way, names in ways.items() if names]
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few, and how many there are beside."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it sealed."""
     if manifest.evidence not in EVIDENCE_LEVELS:
         raise ValueError(f"no evidence level {manifest.evidence!r}")
-    write_text(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+    # sealed as it will be read: JSON knows neither tuples nor numbers as keys
+    as_read = Manifest(**json.loads(json.dumps(asdict(manifest))))
+    write_text(folder / MANIFEST_NAME, as_read.sealed.text)
 
 
 @contextlib.contextmanager

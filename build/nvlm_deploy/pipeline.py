@@ -22,13 +22,15 @@ from nvlm_deploy.artifacts import (
     read_manifest,
     replace_folder,
     resumable_folder,
-    sha256_of,
     sha256_of_json,
     tool_versions,
     verify,
     write_manifest,
 )
+from nvlm_deploy.digest import KNOWN_DIGESTS
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.fingerprint import Fingerprint, cohort_versions
+from nvlm_deploy.verification import calibration_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class Step:
 
     `make` fills a fresh folder and returns notes for the manifest. `settings` are the choices that, with the inputs'
     content, decide whether an existing artifact is up to date; bump `revision` when `make` itself changes its output.
-    A step that `resumes` finds in its folder what a killed run of the same key wrote.
+    A step that `resumes` finds in its folder what a killed run of the same key wrote. `bound_to` is asked, when the
+    output is made, which machine it runs on; None when on any.
     """
 
     name: str
@@ -59,9 +62,11 @@ class Step:
     evidence: str = "measured"
     revision: int = 1
     resumes: bool = False
+    bound_to: Callable[[], Fingerprint | None] | None = field(default=None, repr=False)
 
     @cached_property
     def input_digests(self) -> dict[str, str]:
+        KNOWN_DIGESTS.of(path for path in self.inputs.values() if path.is_file())  # side by side
         return {name: digest_of_input(path) for name, path in self.inputs.items()}
 
     @property
@@ -70,21 +75,33 @@ class Step:
 
 
 def digest_of_input(path: Path) -> str:
-    """A file's SHA-256; a finished artifact's, by its manifest; any other folder's, over its files."""
+    """A file's SHA-256; a finished artifact's over what its manifest says of its files; any other folder's over them.
+
+    Raises NvlmError for an artifact whose files are not what its manifest says: nothing is made of it.
+    """
     if not path.exists():
         raise NvlmError(f"no input {path}", hint="run the steps before this one: `nvlm build` runs all")
     if path.is_file():
-        state = path.stat()
-        return _file_digest(path, state.st_ino, state.st_size, state.st_mtime_ns)
+        return KNOWN_DIGESTS.of([path])[path]
     if (path / MANIFEST_NAME).is_file():
-        return sha256_of_json(dict(read_manifest(path).outputs))
+        return sha256_of_json(dict(_verified(path).manifest.outputs))
     return sha256_of_json(digests(path))
 
 
-@lru_cache(maxsize=4096)
-def _file_digest(path: Path, *_state: int) -> str:
-    """Several steps read the same shards: one pass over each while it stays as it is."""
-    return sha256_of(path)
+def _verified(folder: Path) -> Artifact:
+    """As `verify`, once for as long as no file there changes: several steps read the same artifact."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _verified_once(folder, *((path, *_file_state(path)) for path in files))
+
+
+@lru_cache(maxsize=256)
+def _verified_once(folder: Path, *_states: tuple[Path | int, ...]) -> Artifact:
+    return verify(folder)
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def state_of(step: Step) -> State:
@@ -92,31 +109,63 @@ def state_of(step: Step) -> State:
     if not step.output.exists():
         return State.TO_BUILD
     try:
-        artifact = verify(step.output)
+        artifact = _verified(step.output)
     except NvlmError as problem:
         log.warning("%s: %s", step.name, problem.message)
         return State.TO_BUILD
     return State.UP_TO_DATE if artifact.manifest.key == step.key else State.TO_BUILD
 
 
-def run_step(step: Step, *, force: bool = False) -> tuple[State, Artifact]:
+def require_current(step: Step) -> None:
+    """Raises NvlmError where a step's artifact is missing, damaged, or made of other inputs or with other choices."""
+    hint = f"`nvlm {step.name}` with this checkpoint and profile, or `nvlm build` for all steps"
+    if not step.output.exists():
+        raise NvlmError(f"no {step.output}", hint=hint)
+    manifest = _verified(step.output).manifest
+    if manifest.key != step.key:
+        differing = ", ".join(_differences(step, manifest)) or "another version of this tool made it"
+        raise NvlmError(f"{step.output} is not what would be made now: {differing}", hint=hint)
+
+
+def _differences(step: Step, manifest: Manifest) -> Iterator[str]:
+    made, now = dict(manifest.settings), dict(step.settings)
+    for name in sorted(made.keys() | now.keys()):
+        if made.get(name) != now.get(name):
+            yield f"{name} was {made.get(name)!r}, is {now.get(name)!r}"
+    for name in sorted(manifest.inputs.keys() | step.input_digests.keys()):
+        if manifest.inputs.get(name) != step.input_digests.get(name):
+            yield f"input {name} differs"
+
+
+def run_step(step: Step, *, force: bool = False, profile: Mapping[str, Any] | None = None) -> tuple[State, Artifact]:
     """Build a step's artifact unless it is up to date.
 
     An existing folder without a manifest is not ours and is refused, never overwritten.
     """
-    clear_partial(step.output, keep=step.key if step.resumes else None)
+    key = step.key  # looks at all inputs: nothing is begun with one that is missing or damaged
+    clear_partial(step.output, keep=key if step.resumes else None)
     _require_ours(step.output)
     if not force and state_of(step) is State.UP_TO_DATE:
         log.info("%s: up to date", step.name)
         return State.UP_TO_DATE, Artifact(step.output, read_manifest(step.output))
     log.info("%s: building %s", step.name, step.output)
-    with resumable_folder(step.output, step.key) if step.resumes else replace_folder(step.output) as folder:
+    with resumable_folder(step.output, key) if step.resumes else replace_folder(step.output) as folder:
         notes = step.make(folder)
-        write_manifest(folder, _manifest(step, digests(folder), notes))
+        # what was linked from an input, or handed over by its writer, is not read again
+        write_manifest(folder, _manifest(step, digests(folder, KNOWN_DIGESTS.of), notes, profile))
     return State.BUILT, Artifact(step.output, read_manifest(step.output))
 
 
-def _manifest(step: Step, outputs: Mapping[str, str], notes: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    step: Step, outputs: Mapping[str, str], notes: Mapping[str, Any], profile: Mapping[str, Any] | None
+) -> Manifest:
+    """With what its inputs are bound to and were calibrated with: a repository says it for all that is in it."""
+    before = [read_manifest(path) for path in step.inputs.values() if (path / MANIFEST_NAME).is_file()]
+    bound_to = step.bound_to() if step.bound_to else None
+    lists = calibration_of(step.inputs, step.input_digests)
+    for one in (one for manifest in before for one in manifest.calibration):
+        lists += [] if one in lists else [dict(one)]
+    fingerprints = {name: print_ for manifest in before for name, print_ in manifest.fingerprints.items()}
     return Manifest(
         kind=step.name,
         key=step.key,
@@ -124,8 +173,11 @@ def _manifest(step: Step, outputs: Mapping[str, str], notes: Mapping[str, Any]) 
         settings=step.settings,
         outputs=outputs,
         evidence=step.evidence,
-        tools=tool_versions(step.tools),
+        tools=cohort_versions() | tool_versions(step.tools),
         notes=notes,
+        profile=profile,
+        calibration=lists,
+        fingerprints=fingerprints | ({step.name: bound_to.as_json()} if bound_to else {}),
     )
 
 
@@ -139,17 +191,21 @@ def _require_ours(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Steps in order; each may read what those before it made. `make_step` is late: inputs must exist by then."""
+    """Steps in order; each may read what those before it made. `make_step` is late: inputs must exist by then.
+
+    `profile` is written into every manifest, as the choices that were in force.
+    """
 
     lock: Path
     makers: Mapping[str, Callable[[], Step]]
+    profile: Mapping[str, Any] | None = None
 
     def run(self, *, force: bool = False) -> Iterator[tuple[Step, State]]:
         """Yield each step with what happened; a killed run goes on at the step it was in."""
         with _exclusive(self.lock):
             for make_step in self.makers.values():
                 step = make_step()
-                yield step, run_step(step, force=force)[0]
+                yield step, run_step(step, force=force, profile=self.profile)[0]
 
     def plan(self, *, force: bool = False) -> Iterator[tuple[str, State]]:
         """What `run` would do, writing nothing. After one step to build, so are all that follow."""

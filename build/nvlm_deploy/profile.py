@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from nvlm_deploy.errors import NvlmError
 
@@ -19,8 +19,8 @@ class _Section(BaseModel):
 class VisionChoice(_Section):
     """How the vision tower runs; the precision is in the ONNX graph. `fp8` is FP8 linears over a BF16 base.
 
-    `max_tiles_per_run` is the most tiles that one run of an engine takes, `gate_tiles` how many the numerics gate looks
-    at.
+    `max_tiles_per_run` is the most tiles that one run of an engine takes. The numerics gate judges every operation on
+    `gate_tiles`, and a small FP8 model's embeddings on more.
     """
 
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
@@ -32,21 +32,33 @@ class VisionChoice(_Section):
 
 
 class DecoderChoice(_Section):
-    """How the decoder runs. `none` keeps BF16 weights."""
+    """How the decoder runs.
 
-    runtime: Literal["reference"]
-    quantization: Literal["fp8", "none"]
-    kv_cache: Literal["16bit"] = "16bit"
+    `fp8` has one static scale a tensor, as ModelOpt's FP8_DEFAULT_CFG; `fp8_per_channel` one a weight's row, with
+    activations scaled token by token at run time; `none` keeps BF16 weights. `max_num_tokens` and `build_at_once` are
+    for engines: the most tokens of a step and the most ranks built side by side, both derived where they are not given.
+    """
+
+    runtime: Literal["reference", "tensorrt_llm"]
+    quantization: Literal["fp8", "fp8_per_channel", "none"]
+    kv_cache: Literal["16bit", "fp8"] = "16bit"
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
     max_batch_size: PositiveInt
     max_seq_len: PositiveInt
+    max_num_tokens: PositiveInt | None = None
+    build_at_once: PositiveInt | None = None
+
+    @property
+    def wants_samples(self) -> bool:
+        """Whether a scale depends on what reaches the decoder's layers, not on weights alone."""
+        return self.quantization == "fp8" or self.kv_cache == "fp8"
 
 
 class CalibrationChoice(_Section):
-    """How many samples of the calibration list are used."""
+    """How many samples of the calibration list are used; 0 is data-free: scales come from weights alone."""
 
-    samples: PositiveInt
+    samples: NonNegativeInt
 
 
 class ServingChoice(_Section):

@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
-from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout, Parallelism
+from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.prompt import PromptBuilder
@@ -18,6 +20,9 @@ from nvlm_deploy.progress import Progress, silent
 from nvlm_deploy.samples import SAMPLES_NAME, Sample, read_samples
 
 TOKENIZER_NAME = "tokenizer.json"
+# TensorRT-LLM's names of the profile's choices
+QUANT_ALGOS = {"none": None, "fp8": FP8, "fp8_per_channel": FP8_PER_CHANNEL}
+KV_CACHE_QUANT_ALGOS = {"16bit": None, "fp8": FP8}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,32 @@ class Recipe:
         return self.engines / "vision-engine"
 
     @property
+    def calibration_result_folder(self) -> Path:
+        """What the samples did to the decoder; of no profile, so that one calibration serves every split of the model.
+
+        Its name is made of the choices that a result depends on.
+        """
+        return self.workspace / "engines" / "calibrations" / sha256_of_json(self.calibration_settings())[:16]
+
+    @property
     def decoder_folder(self) -> Path:
+        """The TensorRT-LLM checkpoint."""
         return self.engines / "decoder"
+
+    @property
+    def decoder_engine_folder(self) -> Path:
+        """One engine per rank, made from the TensorRT-LLM checkpoint."""
+        return self.engines / "decoder-engine"
+
+    @property
+    def hf_folder(self) -> Path:
+        """The whole model as a Hugging Face folder."""
+        return self.engines / "hf"
+
+    @property
+    def builder_cache(self) -> Path:
+        """Kernel times that builders found, for the next build."""
+        return self.workspace / "engines" / "builder-cache"
 
     @property
     def repository(self) -> Path:
@@ -80,15 +109,36 @@ class Recipe:
     def layout(self) -> Layout:
         """How the decoder is split. Raises NvlmError naming the legal splits."""
         choice = self.profile.decoder
-        quant_algo = None if choice.quantization == "none" else FP8
-        return Layout(self.spec.decoder, quant_algo, Parallelism(choice.tensor_parallel, choice.pipeline_parallel))
+        return Layout(
+            self.spec.decoder,
+            QUANT_ALGOS[choice.quantization],
+            Parallelism(choice.tensor_parallel, choice.pipeline_parallel),
+            KV_CACHE_QUANT_ALGOS[choice.kv_cache],
+        )
+
+    @property
+    def calibrates_decoder(self) -> bool:
+        """False where no scale depends on samples, or where the profile is data-free."""
+        return self.profile.decoder.wants_samples and self.profile.calibration.samples > 0
+
+    def calibration_settings(self) -> dict[str, Any]:
+        """The profile's choices that decide what reaches the decoder's layers."""
+        profile = self.profile
+        vision = profile.vision.model_dump(include={"precision", "weight_scales", "fp8_attention"})
+        return {"vision": vision, "samples": profile.calibration.samples, "wrapper": profile.serving.wrapper}
 
     def prompts(self) -> PromptBuilder:
         """Prompts as the profile's clients will get them."""
         return PromptBuilder(self.tokenizer, self.spec, wrapper=self.profile.serving.wrapper)
 
     def samples(self) -> list[Sample]:
-        """The calibration samples of the profile. Raises NvlmError when there is no list."""
+        """The calibration samples of the profile. Raises NvlmError when there is no list, or none is to be read."""
+        if self.profile.calibration.samples == 0:
+            raise NvlmError(
+                f"profile {self.profile.name!r} is data-free (calibration.samples = 0), but its encoder in fp8 needs "
+                "pictures",
+                hint="give it samples, or choose another vision.precision",
+            )
         return read_samples(self._calibration(), limit=self.profile.calibration.samples)
 
     def checkpoint_inputs(self) -> dict[str, Path]:

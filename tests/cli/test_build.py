@@ -36,7 +36,13 @@ def test_a_dry_run_lists_the_steps_and_writes_nothing(
 ) -> None:
     assert exit_code_of(*command, "--dry-run", "--json") == 0
     steps = json.loads(capsys.readouterr().out)["steps"]
-    assert [row["step"] for row in steps] == ["export-vision", "build-vision", "quantize-llm", "assemble"]
+    assert [row["step"] for row in steps] == [
+        "export-vision",
+        "build-vision",
+        "calibrate-llm",
+        "quantize-llm",
+        "assemble",
+    ]
     assert not (tmp_path / "work").exists()
 
 
@@ -208,7 +214,13 @@ def test_a_profile_that_cannot_work_is_refused_before_the_first_step(
 
 def test_forcing_plans_every_step(command: list[str | Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of(*command, "--dry-run", "--force") == 0
-    assert capsys.readouterr().out.count("to build") == 4
+    assert capsys.readouterr().out.count("to build") == 5
+
+
+def test_a_checkpoint_that_is_not_there_is_said_as_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of("export-vision", tmp_path / "nope", "--workspace", tmp_path / "work") == 2
+    assert f"no checkpoint folder {tmp_path / 'nope'}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow
@@ -224,4 +236,6 @@ def test_the_encoder_of_one_checkpoint_is_not_joined_to_the_decoder_of_another(
     assert exit_code_of("build-vision", tiny_folder, *options) == 0
     assert exit_code_of("quantize-llm", other, *options) == 0
     assert exit_code_of("assemble", other, *options) == 2
-    assert "different checkpoints: config.json" in " ".join(capsys.readouterr().err.split())
+    assert "vision is not what would be made now: input config.json differs" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -12,7 +12,21 @@ import pytest
 from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).parents[2]
-VERBS = ("inspect", "build", "export-vision", "quantize-llm", "assemble", "serve", "ask", "validate", "demo")
+VERBS = (
+    *(
+        "inspect",
+        "profiles",
+        "plan",
+        "build",
+        "export-vision",
+        "build-vision",
+        "calibrate-llm",
+        "quantize-llm",
+        "export-hf",
+        "build-llm",
+    ),
+    *("assemble", "serve", "ask", "validate", "verify", "sign", "doctor", "demo"),
+)
 
 
 @pytest.fixture(scope="module")

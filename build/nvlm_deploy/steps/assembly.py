@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, sha256_of_json
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.recipe import TOKENIZER_NAME, Recipe
 
 if TYPE_CHECKING:
     from nvlm_deploy.triton.ensemble import ServingChoices
 
-KV_CACHE_DTYPES = {"16bit": "bfloat16"}
+KV_CACHE_DTYPES = {"16bit": "bfloat16", "fp8": "float8_e4m3fn"}
 
 
 def assemble(recipe: Recipe) -> Step:
@@ -25,7 +24,6 @@ def assemble(recipe: Recipe) -> Step:
         "decoder": recipe.decoder_folder,
         TOKENIZER_NAME: recipe.tokenizer,
     }
-    _require_one_checkpoint(recipe)
 
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.triton.repository import RepositorySources, write_repository
@@ -35,20 +33,6 @@ def assemble(recipe: Recipe) -> Step:
         return {}
 
     return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",))
-
-
-def _require_one_checkpoint(recipe: Recipe) -> None:
-    """Steps run one by one could join one model's encoder to another's decoder."""
-    folders = (recipe.vision_engine_folder, recipe.decoder_folder)
-    if not all((folder / MANIFEST_NAME).is_file() for folder in folders):
-        return
-    vision, decoder = (read_manifest(folder).inputs for folder in folders)
-    for name in recipe.checkpoint_inputs():
-        if vision.get(name) != decoder.get(name):
-            raise NvlmError(
-                f"{folders[0]} and {folders[1]} were made from different checkpoints: {name} differs",
-                hint="`nvlm build` makes both from one",
-            )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -1,50 +1,211 @@
-"""quantize-llm: the decoder as a TensorRT-LLM checkpoint, its scales from samples with their pictures."""
+"""The decoder's steps: one calibration, and from it a TensorRT-LLM checkpoint with its engines or a HF folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.pipeline import Step
-from nvlm_deploy.recipe import Recipe
+from nvlm_deploy.artifacts import sha256_of_json
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.fingerprint import built_here
+from nvlm_deploy.pipeline import Step, digest_of_input
+from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, Recipe
+from nvlm_deploy.sku import load_sku
+from nvlm_deploy.steps.vision import encoder_without_gpu
 
 if TYPE_CHECKING:
-    from nvlm_deploy.llm.calibrate import CalibrationResult
+    import torch
 
+    from nvlm_deploy.llm.calibrate import CalibrationResult
+    from nvlm_deploy.llm.engine import EngineSettings
+
+TENSORRT_LLM = "tensorrt_llm"
 EMBEDDING_TABLE = "language_model.model.embed_tokens.weight"
+RESULT_NAME = "calibration.json"
+
+
+def calibrate_llm(recipe: Recipe) -> Step:
+    """The largest magnitudes in every layer over the samples, pictures among them; resumes after a kill."""
+    inputs = {**recipe.checkpoint_inputs(), "vision": recipe.vision_folder, **recipe.calibration_inputs()}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        from nvlm_deploy.llm.calibrate import calibrate
+
+        unfinished = folder / "unfinished"
+        result = calibrate(
+            recipe.checkpoint,
+            recipe.spec,
+            _embeddings(recipe, unfinished / "encoder"),
+            work_folder=unfinished / "layers",
+            samples_digest=sha256_of_json({name: digest_of_input(path) for name, path in inputs.items()}),
+            on_progress=recipe.on_progress,
+        )
+        result.save(folder / RESULT_NAME)
+        shutil.rmtree(unfinished)
+        return {"samples": result.samples, "tokens": result.tokens, "samples_digest": result.samples_digest}
+
+    settings, tools = recipe.calibration_settings(), ("torch", "onnxruntime")
+    return Step("calibrate-llm", recipe.calibration_result_folder, inputs, settings, make, tools, resumes=True)
 
 
 def quantize_llm(recipe: Recipe) -> Step:
-    """The checkpoint of every rank; without quantisation no samples are read."""
-    choice = recipe.profile.decoder
-    quantised = choice.quantization != "none"
-    inputs = recipe.checkpoint_inputs()
-    settings = choice.model_dump(include={"quantization", "kv_cache", "tensor_parallel", "pipeline_parallel"})
-    if quantised:
-        inputs |= {"vision": recipe.vision_engine_folder, **recipe.calibration_inputs()}
-        settings |= {"calibration samples": len(recipe.samples()), "wrapper": recipe.profile.serving.wrapper}
+    """The checkpoint of every rank; resumes after a kill."""
+    layout = recipe.layout()
 
     def make(folder: Path) -> Mapping[str, Any]:
-        from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
+        from nvlm_deploy.llm.trtllm import TrtllmExport
 
-        calibration = _calibrated(recipe) if quantised else None
-        trtllm_checkpoint_from(
-            recipe.checkpoint, recipe.spec, folder, calibration=calibration, parallelism=recipe.layout().parallelism
+        export = TrtllmExport(recipe.checkpoint, layout, _calibration(recipe))
+        export.write(folder, recipe.on_progress)
+        return export.notes
+
+    settings = recipe.profile.decoder.model_dump(
+        include={"quantization", "kv_cache", "tensor_parallel", "pipeline_parallel"}
+    )
+    tools = ("torch", "safetensors")
+    return Step("quantize-llm", recipe.decoder_folder, _sources(recipe), settings, make, tools, resumes=True)
+
+
+def export_hf(recipe: Recipe) -> Step:
+    """The whole model as a Hugging Face folder for engines that know NVLM-D; resumes after a kill."""
+    from nvlm_deploy.llm.hf_checkpoint import HfExport, layout_for
+
+    choice = recipe.profile.decoder
+    layout = layout_for(
+        recipe.checkpoint, recipe.spec, QUANT_ALGOS[choice.quantization], KV_CACHE_QUANT_ALGOS[choice.kv_cache]
+    )
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        export = HfExport(recipe.checkpoint, layout, _calibration(recipe))
+        export.write(folder, recipe.on_progress)
+        return export.notes
+
+    companions = {path.name: path for path in HfExport(recipe.checkpoint, layout).companions}
+    settings = choice.model_dump(include={"quantization", "kv_cache"})
+    tools = ("torch", "safetensors")
+    return Step("export-hf", recipe.hf_folder, companions | _sources(recipe), settings, make, tools, resumes=True)
+
+
+def build_llm(recipe: Recipe) -> Step:
+    """Every rank's engine by NVIDIA's trtllm-build; ranks that a killed run finished are kept."""
+    require_engines(recipe)
+    settings = {
+        "sku": load_sku(recipe.profile.sku).build_facts,
+        "limits": vars(engine_settings(recipe).limits),
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        from nvlm_deploy.llm.engine import engines_from_checkpoint
+
+        return engines_from_checkpoint(recipe.decoder_folder, folder, engine_settings(recipe)).notes
+
+    layout, sku = recipe.layout(), load_sku(recipe.profile.sku)
+    return Step(
+        "build-llm",
+        recipe.decoder_engine_folder,
+        {"decoder": recipe.decoder_folder},
+        settings,
+        make,
+        ("tensorrt_llm",),
+        resumes=True,
+        bound_to=partial(
+            built_here,
+            TENSORRT_LLM,
+            compute_capability=sku.compute_capability,
+            gpus=layout.parallelism.world_size,
+        ),
+    )
+
+
+def require_engines(recipe: Recipe) -> None:
+    """Refuse engines of another runtime, or that the profile's GPU could not run. Needs no container."""
+    from nvlm_deploy.llm.engine import plan_engines
+
+    profile = recipe.profile
+    if profile.decoder.runtime != TENSORRT_LLM:
+        raise NvlmError(
+            f"profile {profile.name!r} runs its decoder on {profile.decoder.runtime!r}, which has no engines",
+            hint=f'set runtime = "{TENSORRT_LLM}" below [decoder]',
         )
-        return {}
+    settings = engine_settings(recipe)
+    plan_engines(recipe.layout(), settings.sku, settings.limits)
 
-    return Step("quantize-llm", recipe.decoder_folder, inputs, settings, make, ("torch", "safetensors"))
+
+def require_engine_builder() -> None:
+    """Raises MachineError where no trtllm-build of a version that we know is installed."""
+    from nvlm_deploy.llm.engine_tool import installed_tool
+
+    installed_tool()
 
 
-def _calibrated(recipe: Recipe) -> CalibrationResult:
-    """amax values of the decoder's linears over the samples, images through the built vision encoder."""
-    from nvlm_deploy.llm.calibrate import calibrate
-    from nvlm_deploy.sample_embeddings import SampleEmbedder
-    from nvlm_deploy.vision.engine import OnnxRuntimeEngine
+def require_calibration(recipe: Recipe) -> None:
+    """Refuse a calibration that nothing would be made of, or without samples."""
+    if not recipe.calibrates_decoder:
+        raise NvlmError(
+            f"profile {recipe.profile.name!r} needs no calibration of its decoder: no scale depends on samples",
+            hint="go on with `nvlm quantize-llm`",
+        )
+    recipe.samples()
 
-    encode = OnnxRuntimeEngine(recipe.vision_engine_folder / "vision.onnx")
-    table = recipe.checkpoint.tensor(EMBEDDING_TABLE).float()
+
+def require_scales(recipe: Recipe) -> None:
+    """Refuse static scales without samples to take them from."""
+    profile = recipe.profile
+    if profile.decoder.quantization == "fp8" and not recipe.calibrates_decoder:
+        raise NvlmError(
+            f"profile {profile.name!r} wants static fp8 scales with calibration.samples = 0: an input's scale cannot "
+            "be known from weights",
+            hint='give it samples, or choose quantization = "fp8_per_channel", which needs none',
+        )
+
+
+def engine_commands(recipe: Recipe) -> str:
+    """What `build-llm` would run, to paste."""
+    from nvlm_deploy.llm.engine import dry_run, plan_engines
+
+    settings = engine_settings(recipe)
+    plan = plan_engines(recipe.layout(), settings.sku, settings.limits)
+    return dry_run(plan, recipe.decoder_folder, recipe.decoder_engine_folder, settings)
+
+
+def engine_settings(recipe: Recipe) -> EngineSettings:
+    """What the profile asks of trtllm-build."""
+    from nvlm_deploy.llm.engine import EngineSettings
+    from nvlm_deploy.llm.engine_arguments import engine_limits
+
+    decoder = recipe.profile.decoder
+    limits = engine_limits(
+        recipe.spec.tiling,
+        max_batch_size=decoder.max_batch_size,
+        max_seq_len=decoder.max_seq_len,
+        max_images=recipe.profile.serving.max_images,
+        max_num_tokens=decoder.max_num_tokens,
+    )
+    return EngineSettings(load_sku(recipe.profile.sku), limits, recipe.builder_cache, decoder.build_at_once)
+
+
+def _sources(recipe: Recipe) -> dict[str, Path]:
+    calibration = {"calibration": recipe.calibration_result_folder} if recipe.calibrates_decoder else {}
+    return recipe.checkpoint_inputs() | calibration
+
+
+def _calibration(recipe: Recipe) -> CalibrationResult | None:
+    from nvlm_deploy.llm.calibrate import CalibrationResult
+
+    if not recipe.calibrates_decoder:
+        return None
+    return CalibrationResult.load(recipe.calibration_result_folder / RESULT_NAME)
+
+
+def _embeddings(recipe: Recipe, work_folder: Path) -> Iterator[torch.Tensor]:
+    """Of prompts and answers, in the checkpoint's type as the served decoder gets them; made only when asked for."""
+    from nvlm_deploy.sample_embeddings import CachedEncoder, SampleEmbedder
+
+    encode = CachedEncoder(encoder_without_gpu(recipe, work_folder / "graph"), work_folder / "embeddings")
+    table = recipe.checkpoint.tensor(EMBEDDING_TABLE)
     embedder = SampleEmbedder(recipe.prompts(), recipe.spec.tiling, encode, table)
-    embeddings = [embedder.prompt_and_answer(sample) for sample in recipe.samples()]
-    return calibrate(recipe.checkpoint, recipe.spec, embeddings)
+    for sample in recipe.samples():
+        yield embedder.prompt_and_answer(sample)

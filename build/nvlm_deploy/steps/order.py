@@ -5,34 +5,89 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
-from nvlm_deploy.pipeline import Pipeline, Step
+from nvlm_deploy.pipeline import Pipeline, Step, require_current
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.steps.assembly import assemble
-from nvlm_deploy.steps.decoder import quantize_llm
+from nvlm_deploy.steps.decoder import (
+    TENSORRT_LLM,
+    build_llm,
+    calibrate_llm,
+    export_hf,
+    quantize_llm,
+    require_calibration,
+    require_engine_builder,
+    require_engines,
+    require_scales,
+)
 from nvlm_deploy.steps.vision import build_vision, export_vision, require_buildable
 
 STEPS: Mapping[str, Callable[[Recipe], Step]] = {
     "export-vision": export_vision,
     "build-vision": build_vision,
+    "calibrate-llm": calibrate_llm,
     "quantize-llm": quantize_llm,
+    "export-hf": export_hf,
+    "build-llm": build_llm,
     "assemble": assemble,
 }
 
 
-def pipeline_of(recipe: Recipe, only: str | None = None) -> Pipeline:
-    """The steps in order, or one. Raises NvlmError when what they read is not usable."""
-    chosen = {name: partial(make, recipe) for name, make in STEPS.items() if only in (None, name)}
-    _require_inputs(recipe, chosen)
-    return Pipeline(recipe.engines / ".lock", chosen)
+# what each step makes its artifact of, beside the checkpoint
+READS = {
+    "build-vision": ("export-vision",),
+    "calibrate-llm": ("export-vision",),
+    "quantize-llm": ("calibrate-llm",),
+    "export-hf": ("calibrate-llm",),
+    "build-llm": ("quantize-llm",),
+    "assemble": ("build-vision", "quantize-llm"),
+}
 
 
-def _require_inputs(recipe: Recipe, steps: Collection[str]) -> None:
-    recipe.prompts().require_matches(recipe.spec)
+def pipeline_of(recipe: Recipe, only: str | None = None, *, dry_run: bool = False) -> Pipeline:
+    """The steps in order, or one. Raises NvlmError when what they read is not usable.
+
+    One step alone takes nothing that steps before it made for another profile, checkpoint or calibration. A dry run
+    asks for no tools and no artifacts: it plans on another machine than the one that builds.
+    """
+    names = steps_of_build(recipe) if only is None else [only]
+    _require_inputs(recipe, names, dry_run=dry_run)
+    if only is not None and not dry_run:
+        _require_current_inputs(recipe, only)
+    makers = {name: partial(STEPS[name], recipe) for name in names}
+    return Pipeline(recipe.workspace / "engines" / ".lock", makers, profile=recipe.profile.model_dump(mode="json"))
+
+
+def steps_of_build(recipe: Recipe) -> list[str]:
+    """The steps of `nvlm build` with this profile: a Hugging Face folder is made only when asked for by its name."""
+    engines = recipe.profile.decoder.runtime == TENSORRT_LLM
+    left_out = {"export-hf", "assemble" if engines else "build-llm"}
+    if not recipe.calibrates_decoder:
+        left_out.add("calibrate-llm")
+    return [name for name in STEPS if name not in left_out]
+
+
+def _require_current_inputs(recipe: Recipe, step: str) -> None:
+    for before in READS.get(step, ()):
+        if before in steps_of_build(recipe):
+            _require_current_inputs(recipe, before)
+            require_current(STEPS[before](recipe))
+
+
+def _require_inputs(recipe: Recipe, steps: Collection[str], *, dry_run: bool) -> None:
+    spec = recipe.spec  # first of all: whatever else is wrong, a checkpoint that is not one is said as that
+    recipe.prompts().require_matches(spec)
     recipe.require_lengths()
     if "build-vision" in steps:
         require_buildable(recipe.profile)
     if "quantize-llm" in steps:
         recipe.layout()
-    quantised = {"export-vision": recipe.profile.vision.precision, "quantize-llm": recipe.profile.decoder.quantization}
-    if any(quantised.get(step) == "fp8" for step in steps):
+    if not {"quantize-llm", "export-hf"}.isdisjoint(steps):
+        require_scales(recipe)
+    if "build-llm" in steps:
+        require_engines(recipe)
+        if not dry_run:
+            require_engine_builder()
+    if "calibrate-llm" in steps:
+        require_calibration(recipe)
+    if "export-vision" in steps and recipe.profile.vision.precision == "fp8":
         recipe.samples()

@@ -97,7 +97,7 @@ class TritonServer:
         self.choices = choices or ServerChoices()
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
-        self._memory_name = f"{_MEMORY_PREFIX}{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self.memory_name = f"{_MEMORY_PREFIX}{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         self.log_file = Path()
 
     @property
@@ -147,7 +147,7 @@ class TritonServer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(self.choices.exit_timeout_s + 5)
             kill_group(process)
-            remove_shared_memory(self._memory_name)
+            remove_shared_memory(self.memory_name)
 
     def wait(self) -> str:
         """Block until the server is no longer of use; says how it ended.
@@ -174,7 +174,7 @@ class TritonServer:
         command = [
             *(sys.executable, "-c", _LAUNCHER, str(os.getpid())),
             *server_command(installation, plain_path(self.repository, scratch), scratch / "backends", self.choices),
-            f"--backend-config=python,shm-region-prefix-name={self._memory_name}",
+            f"--backend-config=python,shm-region-prefix-name={self.memory_name}",
         ]
         environment = server_environment(installation, threads=self.choices.threads)
         with self.log_file.open("wb") as log:

@@ -23,12 +23,16 @@ from nvlm_deploy.cli.options import (
 )
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.report.progress import BytesProgress
+from nvlm_deploy.steps.decoder import engine_commands
 from nvlm_deploy.steps.order import STEPS, pipeline_of
 
 HELP = {
     "export-vision": "Vision encoder and projector to ONNX: weights streamed, read back, resumable.",
     "build-vision": "Numerics gate, then the engine of the profile's vision runtime.",
-    "quantize-llm": "Decoder to a TensorRT-LLM checkpoint, FP8 scales from calibration samples.",
+    "calibrate-llm": "What the samples, pictures among them, do to every layer of the decoder; resumable.",
+    "quantize-llm": "Decoder to a TensorRT-LLM checkpoint for any split, FP8 scales from one calibration; resumable.",
+    "export-hf": "The whole model as a Hugging Face folder with its decoder in FP8 or BF16, as vLLM reads it.",
+    "build-llm": "One engine per rank by trtllm-build, inside its container; --dry-run prints the commands.",
     "assemble": "Triton model repository from built artifacts; every config re-parsed and cross-checked.",
 }
 
@@ -75,7 +79,7 @@ def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
     console = Console(stderr=True, highlight=False)
     rows: list[dict[str, str | float]] = []
     started = time.monotonic()
-    pipeline = pipeline_of(request.recipe, request.only)
+    pipeline = pipeline_of(request.recipe, request.only, dry_run=dry_run)
     if dry_run:
         rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan(force=request.force)]
     else:
@@ -84,10 +88,15 @@ def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
             rows.append({"step": step.name, "state": str(state), "output": str(step.output), "seconds": seconds})
             console.print(f"{step.name:14} {state:12} {seconds:7.1f} s  {step.output}")
             started = time.monotonic()
+    report: dict[str, object] = {"profile": request.recipe.profile.name, "dry_run": dry_run, "steps": rows}
+    if dry_run and "build-llm" in pipeline.makers:
+        report["commands"] = engine_commands(request.recipe)
     if json_output:
-        print(json.dumps({"profile": request.recipe.profile.name, "dry_run": dry_run, "steps": rows}))
+        print(json.dumps(report))
     elif dry_run:
         for row in rows:
             print(f"{row['step']:14} {row['state']}")
+        if "commands" in report:
+            print(report["commands"])
     else:
-        print(request.recipe.repository if request.only in (None, "assemble") else rows[-1]["output"])
+        print(rows[-1]["output"])

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from nvlm_deploy.cli import ask, build, demo, inspect, serve, validate
+from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.errors import MachineError, NvlmError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for verb in (inspect, build, serve, ask, validate, demo):
+for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
     verb.register(app)
 
 INTERRUPTED = 130

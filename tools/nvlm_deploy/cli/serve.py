@@ -23,21 +23,33 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     ready_timeout_s: Annotated[float, typer.Option(min=1, help="Give up when not ready by then.")] = 300.0,
     log_file: Annotated[Path | None, typer.Option(help="Keep the server's log here.")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Serve only what the owner of this Ed25519 key has signed (`nvlm sign`).")
+    ] = None,
+    ignore_calibration: Annotated[
+        bool, typer.Option("--ignore-calibration", help="Do not look whether the calibration list is as it was.")
+    ] = False,
     dry_run: DryRunOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Check the repository, start Triton, wait until every model is ready, and stop it cleanly on Ctrl-C."""
-    from nvlm_deploy.artifacts import verify
-    from nvlm_deploy.errors import MachineError
-    from nvlm_deploy.triton.repository import read_repository
-    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+    """Check the repository, start Triton, wait until every model is ready, and stop it cleanly on Ctrl-C.
 
-    read_repository(repository)
-    verify(repository)
+    Refused is a repository with a byte other than it was built with, and one whose engines are bound to another GPU,
+    driver, TensorRT or TensorRT-LLM.
+    """
+    from nvlm_deploy.errors import MachineError
+    from nvlm_deploy.signature import public_key as key_in
+    from nvlm_deploy.triton.servable import remove_caches, require_servable
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+    from nvlm_deploy.verification import Demand
+
+    key = None if public_key is None else key_in(public_key)
+    require_servable(repository, Demand(key, calibration=not ignore_calibration))
     ports = Ports(grpc_port, http_port, metrics_port, host)
     if dry_run:
         print(json.dumps({"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}))
         return
+    remove_caches(repository)
     with TritonServer(repository, ServerChoices(ports, ready_timeout_s, log_file=log_file)) as server:
         ready = {"grpc": server.grpc_url, "http": f"{host}:{http_port}", "process_id": server.process_id}
         print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)

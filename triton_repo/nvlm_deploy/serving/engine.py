@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.fingerprint import require_fitting_repository
 from nvlm_deploy.serving.settings import PLAN_FILE, VISION_FILE
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
 
@@ -57,7 +58,7 @@ class OnnxEngine:
 
 
 class PlanEngine:
-    """A TensorRT or TensorRT-RTX plan on the first GPU, on a stream of its own.
+    """A TensorRT or TensorRT-RTX plan on the first GPU, on a stream of its own; of another machine it is refused.
 
     Not run so far: no GPU was at hand (engines/EVIDENCE.md). That the calls exist is tested on TensorRT-RTX's module.
     """
@@ -67,6 +68,7 @@ class PlanEngine:
 
         if not torch.cuda.is_available():
             raise MachineError(f"{plan.name} needs a GPU, and there is none here", hint="`nvlm build` with profile cpu")
+        require_fitting_repository(plan.parent)
         trt = _module(runtime)
         self.engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
         if self.engine is None:

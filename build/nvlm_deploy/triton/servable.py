@@ -1,0 +1,77 @@
+"""May this repository be served here? Every byte as it was built, every engine built for this very machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, some
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.fingerprint import Fingerprint, fingerprints_of, mismatches, require_fitting
+from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT
+from nvlm_deploy.machine.nvidia_smi import Gpus, gpus_here
+from nvlm_deploy.triton.repository import read_repository
+from nvlm_deploy.verification import DEFAULT_DEMAND, Demand, verified
+
+# of any runtime, in a folder MODEL/VERSION
+_ENGINES = ("*/*/*.plan", "*/*/*.engine")
+
+
+def require_servable(repository: Path, demand: Demand = DEFAULT_DEMAND) -> None:
+    """Raises NvlmError naming every byte, signature, list or machine that is another than when it was built."""
+    read_repository(repository)
+    found = verified(repository, demand)
+    if not found.passed:
+        sentences = "\n".join(f"  {problem.what}" for problem in found.problems)
+        mends = dict.fromkeys(problem.mend for problem in found.problems)
+        raise NvlmError(f"{repository} is not what was built:\n{sentences}", hint="; or ".join(mends))
+    _require_this_machine(repository)
+
+
+def _require_this_machine(repository: Path) -> None:
+    fingerprints = fingerprints_of(read_manifest(repository), str(repository))
+    engines = [path for pattern in _ENGINES for path in repository.glob(pattern)]
+    if engines and not fingerprints:
+        raise NvlmError(
+            f"{repository} does not say what machine {engines[0].name} was built on",
+            hint="`nvlm build` makes it again; what was built before engines had fingerprints is not served",
+        )
+    try:
+        require_fitting(fingerprints, str(repository))
+    except NvlmError as problem:
+        kind = MachineError if isinstance(problem, MachineError) else NvlmError
+        beside = some(_fitting_neighbours(repository)) or "none"
+        fitting = f"  repositories beside it that would run here: {beside}"
+        raise kind(f"{problem.message}\n{fitting}", hint=f"{problem.hint}; {CONTAINERS_HINT}") from None
+
+
+def remove_caches(repository: Path) -> None:
+    """Python's own caches of each `model.py`: nobody vouches for them, and Python would run them in its place."""
+    for cache in repository.glob("**/__pycache__"):
+        try:
+            shutil.rmtree(cache)
+        except OSError as problem:
+            raise NvlmError(
+                f"{cache} cannot be removed: {problem.strerror}; it would be run unseen", hint=f"rm -r {cache}"
+            ) from None
+
+
+def _fitting_neighbours(repository: Path) -> list[str]:
+    """Repositories beside this one that were built for this machine."""
+    try:
+        found = gpus_here(os.environ)
+    except MachineError:
+        found = Gpus((), {})
+    return [path.name for path in sorted(repository.resolve().parent.iterdir()) if _fits(path, found)]
+
+
+def _fits(repository: Path, found: Gpus) -> bool:
+    if not (repository / MANIFEST_NAME).is_file():
+        return False
+    try:
+        read_repository(repository)
+        fingerprints: list[Fingerprint] = [*fingerprints_of(read_manifest(repository), "").values()]
+    except NvlmError:
+        return False
+    return not any(mismatches(fingerprint, found) for fingerprint in fingerprints)

@@ -1,0 +1,203 @@
+"""Is what lies here what was built? One artifact, an assembled repository or a whole workspace, all of it, at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvlm_deploy.artifacts import MANIFEST_NAME, Manifest, changes, files_of, read_manifest, some
+from nvlm_deploy.digest import KnownDigests
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.fingerprint import fingerprints_of
+from nvlm_deploy.samples import SAMPLES_NAME
+from nvlm_deploy.signature import require_signature
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+# what only steps of ours write: where one of them lies, a manifest must
+_MARKS = ("*/config.pbtxt", "vision.onnx", "vision.plan", "rank[0-9]*", "calibration.json")
+_PARTS_OF_WORKSPACE = ("engines", "triton_repo")
+# how a step's inputs are called that are files of its calibration list
+CALIBRATION_INPUT = "calibration "
+_FETCH = "build it again with --force, or fetch it again"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it was built, and its mend."""
+
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One artifact: what it says of itself, and every problem found; the manifest is None where it cannot be read.
+
+    `unchecked` names calibration lists that are not on this machine.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    problems: Sequence[Problem]
+    files: int = 0
+    size_bytes: int = 0
+    unchecked: Sequence[str] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        manifest = self.manifest
+        said: Mapping[str, Any] = {}
+        if manifest is not None:
+            said = {
+                "kind": manifest.kind,
+                "created": manifest.created,
+                "evidence": manifest.evidence,
+                "licence": manifest.licence,
+                "profile": (manifest.profile or {}).get("name"),
+                "fingerprints": dict(manifest.fingerprints),
+            }
+        return {
+            "folder": str(self.folder),
+            "passed": self.passed,
+            "problems": [vars(problem) for problem in self.problems],
+            **said,
+            "files": self.files,
+            "bytes": self.size_bytes,
+            "calibration_lists_not_here": list(self.unchecked),
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Of all artifacts below a folder."""
+
+    artifacts: Sequence[Verified]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return all(artifact.passed for artifact in self.artifacts)
+
+    def as_json(self) -> dict[str, Any]:
+        size = sum(artifact.size_bytes for artifact in self.artifacts)
+        return {
+            "passed": self.passed,
+            "artifacts": [artifact.as_json() for artifact in self.artifacts],
+            "bytes": size,
+            "seconds": round(self.seconds, 3),
+            "gigabytes_per_second": round(size / max(self.seconds, 1e-9) / 1e9, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked beyond the files: a signature by this key; calibration lists where they were read from."""
+
+    public_key: Ed25519PublicKey | None = None
+    calibration: bool = True
+
+
+DEFAULT_DEMAND = Demand()
+
+
+def verify_below(folder: Path, demand: Demand = DEFAULT_DEMAND) -> Verification:
+    """Every artifact in `folder`; a file with several links is read once. Raises NvlmError where there is none."""
+    started, once = time.monotonic(), KnownDigests()
+    found = [verified(artifact, demand, once) for artifact in artifact_folders(folder)]
+    return Verification(found, time.monotonic() - started)
+
+
+def artifact_folders(folder: Path) -> list[Path]:
+    """Itself, or those below it; also what looks like an artifact and has no manifest. Raises NvlmError for none.
+
+    Of a workspace only `engines/` and `triton_repo/`: it may be a whole checkout.
+    """
+    if not folder.is_dir():
+        raise NvlmError(f"no folder {folder}")
+    parts = [folder / name for name in _PARTS_OF_WORKSPACE if (folder / name).is_dir()]
+    below = [part for part in parts if not _is_artifact(folder)] or [folder]
+    found = sorted(artifact for part in below for artifact in _walk(part))
+    if not found:
+        raise NvlmError(
+            f"{folder} holds no artifact: no {MANIFEST_NAME} in it or below",
+            hint="name a folder that `nvlm build` made: an artifact, a repository or a workspace",
+        )
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    if _is_artifact(folder):
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__")):
+            yield from _walk(path)
+
+
+def _is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file() or any(True for mark in _MARKS for _ in folder.glob(mark))
+
+
+def verified(folder: Path, demand: Demand = DEFAULT_DEMAND, once: KnownDigests | None = None) -> Verified:
+    """Never raises for what it finds in the folder: that is the answer."""
+    once = KnownDigests() if once is None else once
+    try:
+        manifest = read_manifest(folder)
+        fingerprints_of(manifest, str(folder))
+        problems = [Problem(change, _FETCH) for change in changes(folder, manifest, once.of)]
+    except NvlmError as problem:
+        return Verified(folder, None, [_problem(problem)])
+    except OSError as problem:
+        return Verified(folder, None, [Problem(f"{problem.filename} cannot be read: {problem.strerror}", _FETCH)])
+    problems += _signature_problems(folder, demand.public_key)
+    lists = manifest.calibration if demand.calibration else ()
+    problems += [problem for one in lists for problem in calibration_problems(one, once)]
+    sizes = [path.stat().st_size for path in files_of(folder).values() if path.is_file()]
+    unchecked = [str(one["folder"]) for one in lists if not Path(one["folder"]).is_dir()]
+    return Verified(folder, manifest, problems, len(sizes), sum(sizes), unchecked)
+
+
+def _signature_problems(folder: Path, key: Ed25519PublicKey | None) -> list[Problem]:
+    try:
+        if key is not None:
+            require_signature(folder, key)
+    except NvlmError as problem:
+        return [_problem(problem)]
+    return []
+
+
+def calibration_problems(recorded: Mapping[str, Any], once: KnownDigests) -> list[Problem]:
+    """What a calibration list holds otherwise than when the scales were made of it; none where it is not here."""
+    folder, files = Path(recorded["folder"]), dict(recorded["files"])
+    if not folder.is_dir():
+        return []
+    present = {name: folder / name for name in files if (folder / name).is_file()}
+    found = once.of(present.values())
+    wrong = [f"{name} missing" for name in sorted(files.keys() - present.keys())]
+    wrong += [f"{name} changed" for name, path in sorted(present.items()) if found[path] != files[name]]
+    mend = "put the list back as it was, or `nvlm build` with the new one"
+    return [Problem(f"calibration list {folder}: {some(wrong)}", mend)] if wrong else []
+
+
+def _problem(problem: NvlmError) -> Problem:
+    return Problem(problem.message, problem.hint or "build it again")
+
+
+def calibration_of(inputs: Mapping[str, Path], digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The calibration list among a step's inputs, as manifests record it; none where there is none.
+
+    Its files are the inputs whose names begin with CALIBRATION_INPUT, and end as they are called below its folder.
+    """
+    names = {name.removeprefix(CALIBRATION_INPUT): name for name in inputs if name.startswith(CALIBRATION_INPUT)}
+    if SAMPLES_NAME not in names:
+        return []
+    folder = inputs[names[SAMPLES_NAME]].absolute().parent
+    return [{"folder": str(folder), "files": {below: digests[name] for below, name in names.items()}}]

@@ -422,6 +422,7 @@ for number in range(1, kills + 1):
 """
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_bytes(
     calibrated: CalibrationResult, fp8: Path, tmp_path: Path
 ) -> None:

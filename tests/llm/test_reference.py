@@ -23,6 +23,8 @@ from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.samples import read_samples
 from nvlm_deploy.validate.in_process import greedy
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).resolve().parents[1] / "models" / "nvlm-d-tiny"
 HELD_OUT = TINY.parent / "heldout"
 # (quant_algo, kv_cache_quant_algo)
@@ -174,7 +176,6 @@ def test_nan_codes_are_named(random_case: Any, tmp_path: Path) -> None:
         decoder_from_trtllm(folder)
 
 
-@pytest.mark.slow
 def test_greedy_texts_over_200_prompts_are_the_same_for_every_split_of_one_calibration(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

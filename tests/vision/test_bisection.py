@@ -22,6 +22,8 @@ from nvlm_deploy.vision.export import onnx_from_checkpoint
 from nvlm_deploy.vision.numerics.check import check_numerics
 from nvlm_deploy.vision.numerics.compare import difference, noise_tiles
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 FLOAT, HALF, BFLOAT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 BASE = {"fp32": FLOAT, "bf16": BFLOAT, "fp16": HALF, "fp8": BFLOAT}
@@ -67,7 +69,6 @@ def version_1(patches, *, grid):
     return blocks.reshape(-1, half * half, 4 * channels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name", "mistake", "named"),
     [

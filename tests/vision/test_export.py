@@ -23,6 +23,8 @@ from nvlm_deploy.vision.numerics.compare import cosines, noise_tiles
 from nvlm_deploy.vision.stages import stages
 from nvlm_deploy.vision.trace import require_borders, traced_stage
 
+pytestmark = pytest.mark.slow
+
 QKV = "vision_model.encoder.layers.0.attn.qkv.weight"
 # what TensorRT's parser has always read; nothing with run-time shapes but the batch axis
 PLAIN_OPERATORS = """
@@ -146,7 +148,6 @@ def test_the_graph_names_no_path_of_the_machine_that_built_it(exported_vision):
     assert str(Path.cwd()).encode() not in content
 
 
-@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(kept, tmp_path):
     checkpoint, first = kept
     second = onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "again", precision="fp32")

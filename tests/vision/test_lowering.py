@@ -19,6 +19,8 @@ from nvlm_deploy.vision.lowering import lowered, write_lowered
 from nvlm_deploy.vision.numerics.compare import cosines, noise_tiles
 from nvlm_deploy.vision.numerics.subgraph import VisionGraph
 
+pytestmark = pytest.mark.slow
+
 HALVES = {torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 ELEMENTWISE = {

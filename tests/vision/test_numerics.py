@@ -23,6 +23,8 @@ from nvlm_deploy.vision.numerics.operations import parameters_of
 from nvlm_deploy.vision.numerics.reference import StageReference
 from nvlm_deploy.vision.stages import states_by_stage
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 TILES = noise_tiles(2, 56)
 

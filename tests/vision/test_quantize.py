@@ -38,6 +38,8 @@ from nvlm_deploy.vision.qdq import LINEAR_INPUTS, SOFTMAX_SCALE, ZERO_POINT, Fp8
 from nvlm_deploy.vision.quantize import bf16_scale, quantised_weights
 from nvlm_deploy.vision.stages import stages
 
+pytestmark = pytest.mark.slow
+
 LAYER = "vision_model.encoder.layers.0"
 CHOICES = [Fp8Choice(scales, attention) for attention in (False, True) for scales in ("per_tensor", "per_channel")]
 
@@ -181,7 +183,6 @@ def tower_of_real_heads(trained: Trained) -> VisionTower:
     return tower
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES, ids=choice_name)
 def test_every_block_equals_modelopts_fake_quantised_tower(trained, unseen, exported, choice, monkeypatch):
     """Calibrated by ModelOpt itself; then it gets our scales, which are its own rounded up to bf16.

@@ -24,6 +24,8 @@ from nvlm_deploy.vision import tensorrt, tensorrt_build
 from nvlm_deploy.vision.numerics.compare import noise_tiles
 from nvlm_deploy.vision.tensorrt import BuildSettings, TileRange, engine_from_onnx, precision_of, tile_range
 
+pytestmark = pytest.mark.slow
+
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="its wheels are for x86-64 Linux (extra `test`)")
 
 TYPES = {
@@ -145,7 +147,6 @@ def exported(request, random_checkpoint, tmp_path_factory, traced_once) -> tuple
         return request.param, onnx_from_checkpoint(random_checkpoint, spec, folder, precision=request.param, fp8=fp8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sku", ["a100-80gb", "l40s", "rtx-pro-6000"])
 def test_the_official_builder_accepts_the_small_model(settings, engine_folder, exported, sku):
     precision, graph = exported
@@ -160,7 +161,6 @@ def test_the_official_builder_accepts_the_small_model(settings, engine_folder, e
     assert facts["plan_bytes"] > 1_000_000
 
 
-@pytest.mark.slow
 def test_polygraphy_an_independent_driver_of_the_same_builder_accepts_our_file(exported, tmp_path):
     # without the metapackage nothing is called `tensorrt_rtx`; this is all that the metapackage holds
     (tmp_path / "tensorrt_rtx.py").write_text(

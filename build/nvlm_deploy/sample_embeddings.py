@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,10 @@ class CachedEncoder:
 
         path = self.folder / f"{hashlib.sha256(str(tiles.shape).encode() + tiles.tobytes()).hexdigest()}.npy"
         if not path.is_file():
-            with replace_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, self.encode(tiles))
+            content = io.BytesIO()
+            np.save(content, self.encode(tiles))
+            with replace_file(path) as temporary:
+                temporary.write_bytes(content.getbuffer())
         found: npt.NDArray[np.float32] = np.load(path)
         return found
 

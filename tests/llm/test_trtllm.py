@@ -273,6 +273,16 @@ def test_nan_in_any_tensor_is_named_and_leaves_the_former_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["decoder"]
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_an_all_zero_weight_is_named_without_quantisation_too(
+    random_case: Any, spoilt: Any, tmp_path: Path, name: str
+) -> None:
+    empty = spoilt(random_case.checkpoint, PREFIX + name, 0.0)
+    with pytest.raises(NvlmError, match=f"{name} is all zeros"):
+        trtllm_checkpoint_from(empty, random_case.spec, tmp_path / "decoder", calibration=None)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("quant_algo", [FP8, FP8_PER_CHANNEL])
 def test_an_all_zero_weight_is_named(
     random_case: Any, random_calibration: CalibrationResult, spoilt: Any, tmp_path: Path, quant_algo: str

@@ -60,7 +60,7 @@ def test_the_manifest_names_the_list_the_pictures_and_the_encoder_and_nothing_un
     folder = calibrated.calibration_result_folder
     assert sorted(path.name for path in folder.iterdir()) == [RESULT_NAME, "manifest.json"]
     inputs = json.loads((folder / "manifest.json").read_text())["inputs"]
-    assert {"vision", "config.json", "calibration samples.jsonl"} < inputs.keys()
+    assert {"vision", "config.json", "tokenizer.json", "calibration samples.jsonl"} < inputs.keys()
     assert any(name.endswith(".jpg") for name in inputs)
     assert CalibrationResult.load(folder / RESULT_NAME).samples == 4
 
@@ -131,6 +131,13 @@ def test_a_build_has_the_steps_that_its_profile_needs(
     [
         ({"samples": 0}, "quantize-llm", "cannot be known from weights"),
         ({"samples": 0}, "export-hf", "fp8_per_channel"),
+        ({"samples": 0}, "calibrate-llm", "cannot be known from weights"),
+        ({"samples": 0, "quantization": "none", "kv_cache": "fp8"}, "calibrate-llm", "it is data-free"),
+        (
+            {"runtime": "tensorrt_llm", "sku": "a100-80gb", "quantization": "none", "kv_cache": "fp8"},
+            "build-llm",
+            "its KV cache cannot be FP8",
+        ),
         ({"quantization": "none"}, "calibrate-llm", "needs no calibration"),
         ({}, "build-llm", "which has no engines"),
         ({"runtime": "tensorrt_llm"}, "build-llm", "has no GPU"),

@@ -98,6 +98,8 @@ def require_target(config: Mapping[str, Any], sku: Sku) -> None:
         )
     if quant_algo is not None and not sku.has_fp8:
         raise NvlmError(f"{gpu} has no FP8: {quant_algo} cannot run there", hint='choose quantization = "none"')
+    if config["quantization"]["kv_cache_quant_algo"] == FP8 and not sku.has_fp8:
+        raise NvlmError(f"{gpu} has no FP8: its KV cache cannot be FP8", hint='choose kv_cache = "16bit"')
     if quant_algo == FP8_PER_CHANNEL and sku.capability >= FIRST_WITHOUT_PER_CHANNEL:
         raise NvlmError(
             f"TensorRT-LLM builds no {quant_algo} for {gpu}: not from compute capability 10.0 on",

@@ -35,15 +35,15 @@ from nvlm_deploy.checkpoint.reader import INDEX_NAME, Checkpoint
 from nvlm_deploy.checkpoint.resumable import TensorFiles, in_threads, tensor_files
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
 from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.llm.calibrate import CalibrationResult, magnitude
+from nvlm_deploy.llm.calibrate import CalibrationResult
 from nvlm_deploy.llm.quantize import (
     LEAST_KV_CACHE_SCALE,
     codes_and_row_scales,
-    finite_chunks,
     given_up,
     linear_chunks,
     linear_scales,
     require_calibrated,
+    sound_chunks,
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.llm.trtllm import BY_CALIBRATION
@@ -189,9 +189,11 @@ class HfExport:
     def _write(self, unit: HfUnit, writer: _Writer) -> None:
         name = unit.tensor.name.removeprefix(PREFIX)
         if not unit.is_of_decoder:
-            writer.put_chunks(unit.tensor, _carried_chunks(self.checkpoint, name))
+            writer.put_chunks(unit.tensor, sound_chunks(self.checkpoint, name))
         elif not unit.is_quantised:
-            writer.put_chunks(unit.tensor, (chunk.to(torch.bfloat16) for chunk in finite_chunks(self.checkpoint, name)))
+            writer.put_chunks(
+                unit.tensor, (chunk.to(torch.bfloat16) for chunk in sound_chunks(self.checkpoint, unit.tensor.name))
+            )
         elif self.layout.quant_algo == FP8:
             self._write_per_tensor(unit, name, writer)
         else:
@@ -290,13 +292,6 @@ def require_written(folder: Path, layout: HfLayout) -> None:
     require_layout({name: (info.dtype, info.shape) for name, info in written.infos.items()}, layout)
     if written.config.get("quantization_config") != layout.quantization_config:
         raise NvlmError(f"{folder / CONFIG_NAME} has another quantization_config than the weights were written for")
-
-
-def _carried_chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    for chunk in checkpoint.chunks(name):
-        if not torch.isfinite(magnitude(chunk)):
-            raise NvlmError(f"tensor {name} holds NaN or infinity", hint="fetch its shard again")
-        yield chunk
 
 
 def _config(checkpoint: Checkpoint, layout: HfLayout) -> dict[str, object]:

@@ -91,11 +91,15 @@ def kv_cache_scale(layer: str, calibration: CalibrationResult | None) -> torch.T
     return scale_from_amax(torch.tensor([amax])).clamp(min=LEAST_KV_CACHE_SCALE)
 
 
-def finite_chunks(checkpoint: Checkpoint, source: str) -> Iterator[torch.Tensor]:
-    """Rows of a decoder's tensor as stored; NvlmError when one is not finite."""
-    for chunk in checkpoint.chunks(PREFIX + source):
-        _require_finite(source, magnitude(chunk))
+def sound_chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
+    """Rows of a tensor as stored; NvlmError when one is not finite, or at the end when a weight is all zeros."""
+    amax = torch.zeros(())
+    for chunk in checkpoint.chunks(name):
+        amax = torch.maximum(amax, magnitude(chunk))
+        _require_finite(name, amax)
         yield chunk
+    if name.endswith(".weight"):
+        require_weight_amax(name, amax.item())
 
 
 def linear_chunks(checkpoint: Checkpoint, source: str, calibration: CalibrationResult | None) -> Iterator[torch.Tensor]:
@@ -103,7 +107,7 @@ def linear_chunks(checkpoint: Checkpoint, source: str, calibration: CalibrationR
     amax = torch.zeros(())
     for chunk in checkpoint.chunks(PREFIX + source):
         amax = torch.maximum(amax, magnitude(chunk))
-        _require_finite(source, amax)
+        _require_finite(PREFIX + source, amax)
         yield chunk
     require_weight_amax(PREFIX + source, amax.item())
     if calibration is not None and amax.item() != _calibrated(calibration, source):
@@ -129,9 +133,9 @@ def row_magnitudes(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(bits).bitwise_and(~sign).amax(dim=1).view(rows.dtype)
 
 
-def _require_finite(source: str, amax: torch.Tensor) -> None:
+def _require_finite(name: str, amax: torch.Tensor) -> None:
     if not torch.isfinite(amax):
-        raise NvlmError(f"tensor {PREFIX}{source} holds NaN or infinity", hint="fetch its shard again")
+        raise NvlmError(f"tensor {name} holds NaN or infinity", hint="fetch its shard again")
 
 
 def _fused_group(linear: str) -> tuple[str, tuple[str, ...]]:

@@ -33,12 +33,12 @@ from nvlm_deploy.checkpoint.trtllm_layout import (
 from nvlm_deploy.llm.calibrate import CalibrationResult
 from nvlm_deploy.llm.quantize import (
     codes_and_row_scales,
-    finite_chunks,
     given_up,
     kv_cache_scale,
     linear_chunks,
     linear_scales,
     require_calibrated,
+    sound_chunks,
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.model.decoder import PREFIX
@@ -131,7 +131,7 @@ class TrtllmExport:
         elif not job.scales:
             with writer.rows(job.weight) as rows:
                 for source in job.weight.sources:
-                    for chunk in finite_chunks(self.checkpoint, source):
+                    for chunk in sound_chunks(self.checkpoint, PREFIX + source):
                         rows.append(chunk.to(torch.bfloat16))
         elif self.layout.quant_algo == FP8_PER_CHANNEL:
             self._write_per_channel(job, writer)

@@ -203,6 +203,8 @@ def _decoder_spec(section: ConfigSection) -> DecoderSpec:
     section.require("tie_word_embeddings", False, "NVLM-D has an output head of its own")
     section.require("hidden_act", "silu", "Qwen2 has SwiGLU")
     section.require("mlp_bias", False, "Qwen2 has biases on q, k and v only")
+    section.require("use_sliding_window", False, "every layer attends to all tokens before")
+    section.require("head_dim", hidden // heads, "heads share hidden_size equally")
     return DecoderSpec(
         vocab_size=section.integer("vocab_size", 152064),
         hidden_size=hidden,
@@ -219,7 +221,9 @@ def _decoder_spec(section: ConfigSection) -> DecoderSpec:
 def _rotary_base(section: ConfigSection) -> float:
     """transformers 4 writes `rope_theta`; transformers 5 moved it into `rope_parameters`."""
     if section.has("rope_parameters"):
-        return section.section("rope_parameters").number("rope_theta", 1_000_000.0)
+        parameters = section.section("rope_parameters")
+        parameters.require("rope_type", "default", "only plain RoPE is supported")
+        return parameters.number("rope_theta", 1_000_000.0)
     if section.has("rope_scaling"):
         raise NvlmError(f"llm_config.rope_scaling is {section.values['rope_scaling']}: only plain RoPE is supported")
     return section.number("rope_theta", 1_000_000.0)

@@ -12,7 +12,7 @@ from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import built_here
 from nvlm_deploy.pipeline import Step, digest_of_input
-from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, Recipe
+from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, TOKENIZER_NAME, Recipe
 from nvlm_deploy.sku import load_sku
 from nvlm_deploy.steps.vision import encoder_without_gpu
 
@@ -29,7 +29,12 @@ RESULT_NAME = "calibration.json"
 
 def calibrate_llm(recipe: Recipe) -> Step:
     """The largest magnitudes in every layer over the samples, pictures among them; resumes after a kill."""
-    inputs = {**recipe.checkpoint_inputs(), "vision": recipe.vision_folder, **recipe.calibration_inputs()}
+    inputs = {
+        **recipe.checkpoint_inputs(),
+        TOKENIZER_NAME: recipe.tokenizer,
+        "vision": recipe.vision_folder,
+        **recipe.calibration_inputs(),
+    }
 
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.llm.calibrate import calibrate
@@ -143,9 +148,11 @@ def require_engine_builder() -> None:
 
 def require_calibration(recipe: Recipe) -> None:
     """Refuse a calibration that nothing would be made of, or without samples."""
+    require_scales(recipe)
     if not recipe.calibrates_decoder:
+        why = "it is data-free" if recipe.profile.decoder.wants_samples else "no scale depends on samples"
         raise NvlmError(
-            f"profile {recipe.profile.name!r} needs no calibration of its decoder: no scale depends on samples",
+            f"profile {recipe.profile.name!r} needs no calibration of its decoder: {why}",
             hint="go on with `nvlm quantize-llm`",
         )
     recipe.samples()

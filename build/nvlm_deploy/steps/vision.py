@@ -113,12 +113,10 @@ def _judged_engine(
 
 
 def encoder_without_gpu(recipe: Recipe, scratch: Path) -> OnnxRuntimeEngine:
-    """The exported graph in ONNX Runtime whatever the profile's runtime is, so that calibration needs no GPU."""
+    """The exported graph in ONNX Runtime whatever the profile's runtime is, so that calibration needs no engine."""
     from nvlm_deploy.vision.engine import OnnxRuntimeEngine
     from nvlm_deploy.vision.lowering import write_lowered
 
-    if recipe.profile.vision.runtime == ONNX_RUNTIME:
-        return OnnxRuntimeEngine(recipe.vision_engine_folder / recipe.vision_onnx.name)
     return OnnxRuntimeEngine(write_lowered(recipe.vision_onnx, scratch))
 
 

@@ -18,6 +18,8 @@ from nvlm_deploy.vision.numerics.compare import noise_tiles
 from nvlm_deploy.vision.numerics.subgraph import VisionGraph
 from nvlm_deploy.vision.numerics.weights import weight_problem
 
+pytestmark = pytest.mark.slow
+
 BLOCK = "vision_model.encoder.layers.1"
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 TYPES = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16, 17: torch.float8_e4m3fn}

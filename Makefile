@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # a worker for each core, each with one thread; a file's tests stay together, for what they share is made once a worker
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
-.PHONY: setup demo test quick lint types bench oracle-vllm
+.PHONY: setup demo test quick lint types bench gpu oracle-vllm
 
 setup: $(VENV)/.setup-test
 
@@ -39,6 +39,12 @@ quick: lint
 
 bench: $(VENV)/.setup-test
 	set -e; for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench; done
+
+# what only a GPU can show; without one it fails
+gpu: $(VENV)/.setup-test
+	$(BIN)/pytest tests/gpu
+	$(BIN)/python tests/bench/bench_encoder.py --device cuda
+	$(BIN)/python tests/bench/bench_decoder.py --device cuda
 
 # vLLM's own NVLM-D on the CPU, in an environment of its own, as an end-to-end oracle
 oracle-vllm: $(VENV)/.setup-test

@@ -5,6 +5,7 @@ python tests/bench/synthetic.py FOLDER [LAYERS]
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from nvlm_deploy.checkpoint.reader import INDEX_NAME
 from nvlm_deploy.checkpoint.stream import tensor_stream
 from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.model.spec import VisionSpec, spec_from_config
+from nvlm_deploy.planning.known_models import NVLM_D_72B
 from nvlm_deploy.vision.heads import PADDED_TENSORS
 
 RELEASED_LAYERS = 45
@@ -26,53 +28,10 @@ NOISE_VALUES = 1 << 26
 
 
 def released_config(vision_layers: int = RELEASED_LAYERS) -> dict[str, Any]:
-    """config.json of the release, as far as a spec needs it (facts nvlm-d.md section 1)."""
-    return {
-        "architectures": ["NVLM_D"],
-        "model_type": "NVLM_D",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": 448,
-        "max_dynamic_patch": 6,
-        "min_dynamic_patch": 1,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "use_thumbnail": True,
-        "llm_config": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "llama",
-            "attention_bias": True,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-            "hidden_act": "silu",
-            "hidden_size": 8192,
-            "intermediate_size": 29568,
-            "max_position_embeddings": 32768,
-            "mlp_bias": False,
-            "num_attention_heads": 64,
-            "num_hidden_layers": 80,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": False,
-            "vocab_size": 152064,
-        },
-        "vision_config": {
-            "hidden_act": "gelu",
-            "hidden_size": 3200,
-            "image_size": 448,
-            "intermediate_size": 12800,
-            "layer_norm_eps": 1e-6,
-            "model_type": "intern_vit_6b",
-            "norm_type": "rms_norm",
-            "num_attention_heads": 25,
-            "num_channels": 3,
-            "num_hidden_layers": vision_layers,
-            "patch_size": 14,
-            "qk_normalization": True,
-            "qkv_bias": False,
-        },
-    }
+    """config.json of the release as the planner knows it, to be changed freely."""
+    config = copy.deepcopy(dict(NVLM_D_72B))
+    config["vision_config"]["num_hidden_layers"] = vision_layers
+    return config
 
 
 def write_checkpoint(folder: Path, vision_layers: int = RELEASED_LAYERS) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,15 +91,19 @@ def test_a_manifest_that_says_the_same_in_other_words_is_not_the_one_that_was_wr
         verify(artifact)
 
 
-def test_a_manifest_from_before_there_were_seals_still_counts(artifact):
+def rewritten(artifact: Path, edit) -> None:
+    """As who changes a manifest with an editor, or makes it anew without our seal."""
     manifest = json.loads((artifact / MANIFEST_NAME).read_text())
-    for later in ("seal", "profile", "calibration", "fingerprints"):
-        del manifest[later]
+    edit(manifest)
     (artifact / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    assert verify(artifact).manifest.seal == ""
-    (artifact / "weights.bin").write_bytes(b"other")
-    with pytest.raises(NvlmError, match=r"weights\.bin changed"):
-        verify(artifact)
+
+
+@pytest.mark.parametrize("drop", [lambda manifest: manifest.pop("seal"), lambda manifest: manifest.update(seal="")])
+def test_a_manifest_without_a_seal_counts_for_nothing(artifact, drop):
+    rewritten(artifact, lambda manifest: (drop(manifest), manifest.update(evidence="measured", licence="MIT")))
+    with pytest.raises(NvlmError, match="its seal is missing") as refusal:
+        read_manifest(artifact)
+    assert "build it again" in (refusal.value.hint or "")
 
 
 def test_what_json_cannot_hold_as_it_is_does_not_break_the_seal(artifact):
@@ -111,6 +116,93 @@ def test_a_link_to_a_folder_that_nobody_looked_at_is_found(artifact, tmp_path):
     (artifact / "2").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     with pytest.raises(NvlmError, match="2 not in the manifest"):
         verify(artifact)
+
+
+def with_empty_folder(artifact: Path) -> None:
+    (artifact / "2").mkdir()
+
+
+def with_pipe(artifact: Path) -> None:
+    os.mkfifo(artifact / "pipe")
+
+
+def with_socket(artifact: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(artifact)  # the whole path may be too long for a socket's name
+        server.bind("socket")
+
+
+def with_link_for_a_file(artifact: Path) -> None:
+    path = artifact / "weights.bin"
+    path.rename(artifact.parent / "weights.bin")
+    path.symlink_to(artifact.parent / "weights.bin")
+
+
+def with_pipe_for_a_file(artifact: Path) -> None:
+    (artifact / "weights.bin").unlink()
+    os.mkfifo(artifact / "weights.bin")
+
+
+def with_folder_for_a_file(artifact: Path) -> None:
+    (artifact / "weights.bin").unlink()
+    (artifact / "weights.bin").mkdir()
+
+
+def with_link_for_a_folder(artifact: Path) -> None:
+    (artifact / "sub").rename(artifact.parent / "sub")
+    (artifact / "sub").symlink_to(artifact.parent / "sub", target_is_directory=True)
+
+
+def with_link_for_the_manifest(artifact: Path) -> None:
+    (artifact / MANIFEST_NAME).rename(artifact.parent / "m.json")
+    (artifact / MANIFEST_NAME).symlink_to(artifact.parent / "m.json")
+
+
+def with_a_model_called_like_a_cache(artifact: Path) -> None:
+    (artifact / "__pycache__" / "1").mkdir(parents=True)
+    (artifact / "__pycache__" / "config.pbtxt").touch()
+
+
+def with_a_name_in_no_encoding(artifact: Path) -> None:
+    Path(os.fsdecode(bytes(artifact) + b"/\xff")).touch()
+
+
+@pytest.mark.parametrize(
+    ("tamper", "words"),
+    [
+        (with_empty_folder, "2/ not in the manifest"),
+        (with_pipe, "pipe not in the manifest"),
+        (with_socket, "socket not in the manifest"),
+        (with_link_for_a_file, "weights.bin changed"),
+        (with_pipe_for_a_file, "weights.bin changed"),
+        (with_folder_for_a_file, "weights.bin missing"),
+        (with_link_for_a_folder, "sub/graph.onnx missing"),
+        (with_link_for_the_manifest, "manifest.json not in the manifest"),
+        (with_a_model_called_like_a_cache, "__pycache__/1/, __pycache__/config.pbtxt not in the manifest"),
+        (with_a_name_in_no_encoding, "\\udcff' not in the manifest"),
+    ],
+)
+def test_whatever_is_not_the_file_that_was_written_is_found(artifact, monkeypatch, tamper, words):
+    monkeypatch.chdir(artifact)
+    tamper(artifact)
+    with pytest.raises(NvlmError) as refusal:
+        verify(artifact)
+    assert words in refusal.value.message
+
+
+def test_an_empty_folder_that_was_built_belongs_to_the_artifact(artifact):
+    (artifact / "1").mkdir()
+    write_manifest(artifact, manifest_of(artifact))
+    assert "1/" in verify(artifact).manifest.outputs
+    (artifact / "1").rmdir()
+    with pytest.raises(NvlmError, match="1/ missing"):
+        verify(artifact)
+
+
+def test_no_manifest_is_written_over_a_pipe(artifact):
+    os.mkfifo(artifact / "pipe")
+    with pytest.raises(NvlmError, match="pipe is neither a file nor a folder"):
+        digests(artifact)
 
 
 def test_digests_are_those_of_sha256sum(artifact):
@@ -163,11 +255,50 @@ def test_a_folder_without_a_manifest_is_not_a_finished_artifact(tmp_path):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"kind": "test"}', '{"surprise": 1}'])
-def test_a_damaged_manifest_is_refused(artifact, text):
-    (artifact / MANIFEST_NAME).write_text(text)
-    with pytest.raises(NvlmError, match="damaged"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not JSON: EOF"),
+        ("{", "not JSON: EOF"),
+        ("[]", "the whole is []: input should be an object"),
+        ("3", "the whole is 3: input should be an object"),
+        ('{"kind": "test"}', "key key is missing"),
+        ('{"surprise": 1}', "and 5 more"),
+        ('{"notes": ' + "[" * 5000 + "]" * 5000 + "}", "not JSON: recursion limit exceeded"),
+        ('{"notes": ' + "9" * 5000 + "}", "not JSON: number out of range"),
+        (b'"\xff"', "not JSON: "),
+    ],
+)
+def test_a_damaged_manifest_is_refused_in_the_words_of_its_keys(artifact, text, words):
+    (artifact / MANIFEST_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(NvlmError, match="damaged") as refusal:
         verify(artifact)
+    assert words in refusal.value.message
+    assert "Manifest" not in refusal.value.message
+    assert "argument" not in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"outputs": [1]}, "outputs is [1]: input should be an object"),
+        ({"outputs": {"x": "1"}}, "outputs.x is '1': string should match"),
+        ({"calibration": [{}]}, "key calibration.0.folder is missing; key calibration.0.files is missing"),
+        ({"calibration": [{"folder": "x", "files": {}, "more": 1}]}, "unknown key calibration.0.more"),
+        ({"calibration": "x"}, "calibration is 'x'"),
+        ({"kind": None}, "kind is None: input should be a valid string"),
+        ({"evidence": "sure"}, "evidence is 'sure'"),
+        ({"profile": "cpu"}, "profile is 'cpu'"),
+        ({"fingerprints": {"build-vision": 3}}, "fingerprints.build-vision is 3"),
+        ({"surprise": 1}, "unknown key surprise"),
+        ({"seal": 7}, "seal is 7"),
+    ],
+)
+def test_a_key_of_another_kind_is_named_even_where_no_seal_is(artifact, change, words):
+    rewritten(artifact, lambda manifest: manifest.update({"seal": "", **change}))
+    with pytest.raises(NvlmError, match="damaged") as refusal:
+        read_manifest(artifact)
+    assert words in refusal.value.message
 
 
 def test_an_evidence_level_that_does_not_exist_is_a_mistake_of_ours(tmp_path):

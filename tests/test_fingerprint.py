@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_deploy.artifacts import read_manifest, write_manifest
-from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.artifacts import digests, read_manifest, write_manifest
+from nvlm_deploy.errors import MachineError, NvlmError, RejectedError
 from nvlm_deploy.fingerprint import (
     Fingerprint,
     built_here,
@@ -90,7 +90,7 @@ def test_another_gpu_or_driver_is_named(smi, machine, words) -> None:
     assert found() == words
     with pytest.raises(NvlmError, match="build-vision: ") as refusal:
         require_fitting({"build-vision": RECORDED}, "repository")
-    assert refusal.value.exit_code == 2
+    assert refusal.value.exit_code == 1
     assert "build" in (refusal.value.hint or "")
 
 
@@ -158,13 +158,39 @@ def test_without_a_driver_the_machine_lacks_something_and_the_gpu_wanted_is_said
 
 
 @pytest.mark.parametrize(
-    "damage", [{"gpus": "1"}, {"gpus": True}, {"driver": 580}, {"mig": "no"}, {"surprise": 1}, {"cohort": None}]
+    ("damage", "words"),
+    [
+        ({"gpus": "1"}, "gpus is '1'"),
+        ({"gpus": True}, "gpus is True"),
+        ({"gpus": 0}, "gpus is 0: input should be greater than or equal to 1"),
+        ({"gpus": -3}, "gpus is -3"),
+        ({"driver": 580}, "driver is 580"),
+        ({"mig": "no"}, "mig is 'no'"),
+        ({"surprise": 1}, "unknown key surprise"),
+        ({"cohort": None}, "cohort is None"),
+        ({"runtime": "bogus"}, "runtime is 'bogus'"),
+        ({"compute_capability": "x"}, "compute_capability is 'x'"),
+        ({"gpu": None, "driver": None}, "does not say driver, gpu"),
+    ],
 )
-def test_a_damaged_fingerprint_is_refused_not_ignored(damage) -> None:
-    with pytest.raises(NvlmError, match="x: "):
+def test_a_damaged_fingerprint_is_refused_not_ignored(damage, words) -> None:
+    with pytest.raises(NvlmError, match="x: ") as refusal:
         Fingerprint.from_json({**RECORDED.as_json(), **damage}, "x")
-    with pytest.raises(NvlmError, match="a fingerprint has"):
-        Fingerprint.from_json([], "x")
+    assert words in refusal.value.message
+    assert "`nvlm build`" in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize("value", [[], None, 3, "text", {}, {"runtime": "tensorrt"}])
+def test_what_is_no_fingerprint_is_refused(value) -> None:
+    with pytest.raises(NvlmError, match="its fingerprint is damaged"):
+        Fingerprint.from_json(value, "x")
+
+
+@pytest.mark.parametrize("name", ["mig", "gpus"])
+def test_a_fingerprint_that_leaves_something_out_is_refused(name) -> None:
+    lacking = {key: value for key, value in RECORDED.as_json().items() if key != name}
+    with pytest.raises(NvlmError, match=f"does not say {name}"):
+        Fingerprint.from_json(lacking, "x")
 
 
 def test_a_repository_says_what_its_engines_are_bound_to_and_the_choices_and_the_list_behind_them(
@@ -175,8 +201,8 @@ def test_a_repository_says_what_its_engines_are_bound_to_and_the_choices_and_the
     assert fingerprints_of(manifest, "") == {"build-vision": RECORDED}
     assert manifest.profile == load_profile("cpu").model_dump(mode="json")
     (recorded,) = manifest.calibration
-    assert recorded["folder"] == str(workspace.calibration)
-    assert sorted(recorded["files"]) == ["000.jpg", "samples.jsonl"]
+    assert recorded.folder == str(workspace.calibration)
+    assert sorted(recorded.files) == ["000.jpg", "samples.jsonl"]
     assert manifest.tools["CUDA driver"] == DRIVER
     assert manifest.tools["tensorrt_llm"] == "1.2.1"
     assert manifest.evidence == "measured"
@@ -202,8 +228,28 @@ def test_serving_on_another_machine_is_refused_and_says_what_would_run(smi, work
         require_servable(workspace.repository)
     assert "repositories beside it that would run here: cpu-bf16" in refusal.value.message
     assert "profiles that would run here: cpu" in refusal.value.message
-    assert "26.07 (1.2.1)" in (refusal.value.hint or "")
+    assert "26.07" not in (refusal.value.hint or "")
     require_servable(neighbour.repository)
+
+
+def test_another_cohort_is_refused_with_the_containers_that_there_are(smi, workspace, tmp_path, monkeypatch) -> None:
+    workspace.build(RECORDED)
+    install(tmp_path / "site", monkeypatch, tensorrt_llm="1.1.0")
+    with pytest.raises(
+        RejectedError, match=r"cohort: built with .* here TensorRT 10\.14\.1\.48, TensorRT-LLM 1\.1\.0"
+    ) as no:
+        require_servable(workspace.repository)
+    assert "serve in the container it was built in" in (no.value.hint or "")
+    assert "26.07 (1.2.1)" in (no.value.hint or "")
+
+
+def test_every_kind_of_engine_needs_its_own_fingerprint(smi, workspace) -> None:
+    workspace.build(RECORDED)
+    (workspace.repository / "tensorrt_llm" / "1" / "rank0.engine").write_bytes(b"engine")
+    manifest = read_manifest(workspace.repository)
+    write_manifest(workspace.repository, replace(manifest, outputs=digests(workspace.repository)))
+    with pytest.raises(RejectedError, match=r"does not say what machine rank0\.engine was built on"):
+        require_servable(workspace.repository)
 
 
 def test_without_a_driver_serve_says_so_and_what_would_run(smi, workspace) -> None:
@@ -254,17 +300,45 @@ def test_python_s_caches_are_removed_before_a_server_could_run_them(workspace) -
 
 def test_rows_of_nvidia_smi_are_read_with_their_gaps() -> None:
     (gpu,) = gpus_of("0, GPU-1, NVIDIA GB10, 12.1, 580.95.05, [N/A], [N/A], [N/A]\n")
-    assert (gpu.name, gpu.compute_capability, gpu.total_bytes, gpu.mig) == ("NVIDIA GB10", "12.1", 0, None)
+    assert (gpu.name, gpu.compute_capability, gpu.total_bytes, gpu.mig) == ("NVIDIA GB10", "12.1", None, None)
+    assert gpu.memory_unknown
     (gpu,) = gpus_of(row(3, "H100", used=70000))
     assert (gpu.index, gpu.total_bytes, gpu.used_bytes, gpu.mig) == (3, 81559 << 20, 70000 << 20, False)
 
 
+GOOD = row(0, "H100")
+
+
 @pytest.mark.parametrize(
-    "text", ["garbage", "0, GPU-1, NVIDIA X, [N/A], 470.1, 1, 1, [N/A]", "a, b, c, 9.0, e, f, g, h"]
+    "text",
+    [
+        "garbage",
+        "0, GPU-1, NVIDIA X, [N/A], 470.1, 1, 1, [N/A]",
+        "a, b, c, 9.0, e, f, g, h",
+        GOOD.replace("81559", "²"),
+        GOOD.replace("81559", "١"),
+        GOOD.replace("81559", "-1"),
+        GOOD.replace("81559", "9" * 5000),
+        GOOD.replace("0, ", "² , ", 1),
+        GOOD.replace("HBM3", "\ufffd"),
+        GOOD.replace(DRIVER, "9" * 5000),
+        GOOD.replace("Disabled", "[Unknown Error]"),
+        GOOD.replace("Disabled", ""),
+        GOOD + ", more",
+    ],
 )
 def test_an_answer_that_cannot_be_read_is_the_machines_fault(text) -> None:
-    with pytest.raises(MachineError):
+    assert gpus_of(GOOD)
+    with pytest.raises(MachineError, match="nvidia-smi answers") as refusal:
         gpus_of(text)
+    assert len(refusal.value.message) < 400
+
+
+@pytest.mark.parametrize("answer", [b"\xff\xfe, \x80", b"\0\0\0", b'"', b"0, GPU-\xe9, x, 9.0, 580, 1, 1, Disabled\n"])
+def test_bytes_that_are_no_text_are_the_machines_fault_too(smi, answer) -> None:
+    smi.says_bytes(answer)
+    with pytest.raises(MachineError, match="nvidia-smi answers"):
+        gpus_here({})
 
 
 def test_no_devices_is_no_error(smi) -> None:

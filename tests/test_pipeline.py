@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest
+from nvlm_deploy import digest
+from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, sha256_of, verify
+from nvlm_deploy.checkpoint.resumable import OpenTensor, tensor_files
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.pipeline import Pipeline, State, Step, run_step
 
@@ -145,3 +148,125 @@ def test_a_build_killed_with_sigkill_leaves_nothing_that_looks_finished_and_runs
     assert [state for _, state in pipeline_of(step).run()] == [State.BUILT]
     assert sorted(path.name for path in step.output.parent.iterdir()) == [".lock", "copy"]
     assert read_manifest(step.output).kind == "copy"
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing catches it."""
+
+
+def die(*_: object) -> None:
+    raise Killed
+
+
+@pytest.fixture
+def streamed(step: Step) -> tuple[Step, list[str]]:
+    """A step that resumes and streams tensors into two files, and the names of those that it wrote."""
+    values = {"a": torch.arange(40.0), "b": torch.arange(5.0), "c": torch.zeros(0)}
+    headers = {name: {key: ("F32", tuple(value.shape)) for key, value in values.items()} for name in ("one", "two")}
+    written: list[str] = []
+
+    def make(folder: Path) -> dict[str, int]:
+        with tensor_files(folder, headers, identity="x") as files:
+            for file, name in [
+                (file, name) for file in headers for name in values if not files.is_finished(file, name)
+            ]:
+                with files.tensor(file, name) as tensor:
+                    tensor.append(values[name])
+                written.append(f"{file}.{name}")
+        (folder / "small.json").write_text("{}")
+        return {}
+
+    return replace(step, make=make, resumes=True), written
+
+
+@pytest.mark.parametrize(
+    ("owner", "moment"),
+    [
+        ("nvlm_deploy.checkpoint.resumable.read_back", "while what was written is read back"),
+        ("nvlm_deploy.pipeline.digests", "while the outputs are hashed"),
+        ("nvlm_deploy.pipeline.write_manifest", "before the manifest"),
+        ("nvlm_deploy.artifacts._swap", "before the folder is in its place"),
+    ],
+)
+def test_a_run_killed_when_all_is_written_writes_nothing_again(
+    streamed: tuple[Step, list[str]], monkeypatch: pytest.MonkeyPatch, owner: str, moment: str
+) -> None:
+    step, written = streamed
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(owner, die)
+        run_step(step)
+    assert len(written) == 6
+    assert run_step(fresh(step))[0] is State.BUILT
+    assert len(written) == 6, moment
+    assert sorted(path.name for path in step.output.iterdir()) == [MANIFEST_NAME, "one", "small.json", "two"]
+    assert verify(step.output).manifest.outputs["one"] == sha256_of(step.output / "one")
+
+
+def test_a_run_killed_among_the_tensors_ends_with_the_right_digests(
+    streamed: tuple[Step, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, written = streamed
+    honest = OpenTensor.append
+
+    def dying(self: OpenTensor, values: torch.Tensor) -> None:
+        if len(written) == 4:
+            raise Killed
+        honest(self, values)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(OpenTensor, "append", dying)
+        run_step(step)
+    run_step(fresh(step))
+    assert written == ["one.a", "one.b", "one.c", "two.a", "two.b", "two.c"]
+    outputs = verify(step.output).manifest.outputs
+    assert {name: sha256_of(step.output / name) for name in ("one", "two")} == {
+        name: outputs[name] for name in ("one", "two")
+    }
+
+
+def test_a_run_killed_between_the_two_renames_of_the_swap_is_finished_by_the_next(
+    streamed: tuple[Step, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, _ = streamed
+    run_step(step)
+    other = fresh(step, settings={"precision": "bf16"})
+    honest = Path.rename
+
+    def dying(self: Path, target: Path) -> Path:
+        if target == step.output:
+            raise Killed
+        return honest(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "rename", dying)
+        run_step(other)
+    assert not step.output.exists()
+    made_again = fresh(other, make=die)
+    assert run_step(made_again)[0] is State.BUILT
+    assert verify(step.output).manifest.key == made_again.key
+    assert [path.name for path in step.output.parent.iterdir()] == [step.output.name]
+
+
+def test_a_large_output_is_read_once_after_it_is_written_and_not_by_the_next_step(
+    streamed: tuple[Step, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, _ = streamed
+    read: list[str] = []
+    honest = digest.sha256_of
+    monkeypatch.setattr(digest, "sha256_of", lambda path: read.append(path.name) or honest(path))
+    run_step(step)
+    replace(step, name="next", inputs={"streamed": step.output}).key  # noqa: B018  # looks at its inputs
+    assert "source.txt" in read
+    assert {"one", "two"}.isdisjoint(read)
+
+
+def test_a_byte_that_changes_behind_the_pass_that_hashed_it_is_found_by_the_next_step(
+    streamed: tuple[Step, list[str]],
+) -> None:
+    step, _ = streamed
+    run_step(step)
+    with (step.output / "two").open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        file.write(b"?")
+    with pytest.raises(NvlmError, match="two changed"):
+        replace(step, name="next", inputs={"streamed": step.output}).key  # noqa: B018

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.profile import load_profile, profile_folder
+from nvlm_deploy.profile import load_profile, profile_folder, profile_names
 
-SHIPPED = sorted(path.stem for path in profile_folder().glob("*.toml"))
+SHIPPED = profile_names()
 
 
 @pytest.fixture
@@ -44,6 +44,25 @@ def test_an_unknown_profile_lists_those_there_are():
     with pytest.raises(NvlmError, match="no profile 'gpu'") as refusal:
         load_profile("gpu")
     assert "cpu" in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("h200", "h200-141gb-latency"), ("b200-throghput", "b200-throughput"), ("cpubf16", "cpu-bf16"), ("CPU", None)],
+)
+def test_an_unknown_profile_is_answered_with_the_nearest_name(name, nearest):
+    with pytest.raises(NvlmError, match=f"no profile '{name}'") as refusal:
+        load_profile(name)
+    meant = f"did you mean '{nearest}'?"
+    assert (meant in refusal.value.message) if nearest else ("did you mean" not in refusal.value.message)
+    assert all(other in (refusal.value.hint or "") for other in SHIPPED)
+
+
+@pytest.mark.parametrize("key", ["max_batch_size", "max_seq_len"])
+def test_a_number_that_no_engine_has_is_refused_by_name(tmp_path, text, key):
+    line = next(line for line in text.splitlines() if line.startswith(key))
+    with pytest.raises(NvlmError, match=rf"decoder\.{key} is 1000.*less than or equal"):
+        load_profile(written(tmp_path, text.replace(line, f"{key} = 1{'0' * 30}")))
 
 
 def test_a_missing_file_is_named(tmp_path):

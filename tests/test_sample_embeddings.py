@@ -33,6 +33,27 @@ def test_a_picture_is_encoded_once_and_comes_back_bit_for_bit(tmp_path: Path) ->
     assert encode.calls == 2, "the first tile is the same picture, however it was cut out"
 
 
+@pytest.mark.parametrize("damage", ["zeros", "cut", "empty", "one bit", "no array"])
+def test_embeddings_that_are_not_as_they_were_written_are_made_again(tmp_path: Path, damage: str) -> None:
+    encode, expected = CountingEncoder(), CountingEncoder()(TILES)
+    CachedEncoder(encode, tmp_path)(TILES)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= damage == "one bit"
+    damaged = {
+        "zeros": bytes(len(content)),
+        "cut": content[:middle],
+        "empty": b"",
+        "no array": b"PK\x05\x06" + bytes(18),
+    }
+    path.write_bytes(damaged.get(damage, content))
+    np.testing.assert_array_equal(CachedEncoder(encode, tmp_path)(TILES), expected, strict=True)
+    assert encode.calls == 2
+    np.testing.assert_array_equal(CachedEncoder(encode, tmp_path)(TILES), expected, strict=True)
+    assert encode.calls == 2
+
+
 def test_an_encoder_that_fails_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         CachedEncoder(CountingEncoder(fails_at=1), tmp_path)(TILES)

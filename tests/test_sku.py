@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from nvlm_deploy import sku
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.profile import load_profile, profile_folder
+from nvlm_deploy.profile import load_profile, profile_names
 from nvlm_deploy.sku import load_sku, sku_names
 from nvlm_deploy.vision.tensorrt import RTX_TARGETS
 
@@ -60,6 +60,43 @@ def test_a_gpu_is_known_by_the_name_its_driver_gives_it():
     assert not h200.is_gpu("NVIDIA H200", "10.0")
 
 
+def test_a_card_of_another_bandwidth_is_not_claimed():
+    """The A100's PCIe card: 1935 GB/s and a bridge for two."""
+    a100 = load_sku("a100-80gb")
+    assert a100.is_gpu("NVIDIA A100-SXM4-80GB", "8.0")
+    assert not a100.is_gpu("NVIDIA A100 80GB PCIe", "8.0")
+
+
+def test_of_three_cards_the_least_is_stated():
+    """Server Edition 1597 GB/s, Workstation and Max-Q 1792; Max-Q 3511 sparse FP4 TOPS, the others more."""
+    rtx = load_sku("rtx-pro-6000")
+    assert rtx.bandwidth_gb_s == 1597
+    assert rtx.dense_tflops == {"bf16": 438.9, "fp16": 438.9, "fp8": 877.7}
+    assert rtx.dense_tflops["fp8"] == pytest.approx(3511 / 4, abs=0.1)
+    for edition in ("Server", "Workstation", "Max-Q Workstation"):
+        assert rtx.is_gpu(f"NVIDIA RTX PRO 6000 Blackwell {edition} Edition", "12.0")
+
+
+# data sheets, dense: GB/s, BF16 and FP8 TFLOPS, GB/s of one GPU's link in both directions
+DATA_SHEETS = {
+    "a100-80gb": (2039, 312, None, 600),
+    "b200": (7700, 2250, 4500, 1800),
+    "h100-nvl-94gb": (3900, 1671 / 2, 3341 / 2, 600),
+    "h100-sxm-80gb": (3350, 1979 / 2, 3958 / 2, 900),
+    "h200-141gb": (4800, 1979 / 2, 3958 / 2, 900),
+    "l40s": (864, 362.05, 733, 64),
+    "rtx-pro-6000": (1597, 3511 / 8, 3511 / 4, 128),
+}
+
+
+@pytest.mark.parametrize("name", DATA_SHEETS)
+def test_speeds_are_those_of_the_data_sheets(name):
+    gpu, (bandwidth, bf16, fp8, link) = load_sku(name), DATA_SHEETS[name]
+    assert (gpu.bandwidth_gb_s, gpu.interconnect.gb_s) == (bandwidth, link)
+    assert gpu.dense_tflops["bf16"] == gpu.dense_tflops["fp16"] == pytest.approx(bf16, rel=1e-3)
+    assert gpu.dense_tflops.get("fp8") == (None if fp8 is None else pytest.approx(fp8, rel=1e-3))
+
+
 def test_an_engine_depends_on_no_price():
     assert load_sku("l40s").build_facts == {"name": "l40s", "compute_capability": "8.9"}
 
@@ -74,6 +111,11 @@ def test_an_unknown_sku_lists_those_there_are():
     assert "h100-sxm-80gb, h200-141gb, l40s" in (refusal.value.hint or "")
 
 
+def test_an_unknown_sku_is_answered_with_the_nearest_name():
+    with pytest.raises(NvlmError, match=r"no SKU 'l40' \(did you mean 'l40s'\?\)"):
+        load_sku("l40")
+
+
 def test_a_path_is_not_a_sku():
     with pytest.raises(NvlmError, match="no SKU"):
         load_sku("../profiles/cpu")
@@ -84,7 +126,7 @@ def test_facts_cannot_be_changed():
         load_sku("l40s").compute_capability = "9.0"
 
 
-@pytest.mark.parametrize("profile", sorted(path.stem for path in profile_folder().glob("*.toml")))
+@pytest.mark.parametrize("profile", profile_names())
 def test_every_shipped_profile_names_a_shipped_sku(profile):
     assert load_profile(profile).sku in sku_names()
 

@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from nvlm_deploy.digest import sha256_of as sha256_of  # what most callers want of that module
 from nvlm_deploy.digest import sha256_of_files
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import EVIDENCE_LEVELS as EVIDENCE_LEVELS  # a manifest's nouns, for who handles artifacts
+from nvlm_deploy.manifest import LICENCE_NOTE as LICENCE_NOTE
+from nvlm_deploy.manifest import MANIFEST_NAME as MANIFEST_NAME
+from nvlm_deploy.manifest import Manifest as Manifest
+from nvlm_deploy.manifest import read_manifest as read_manifest
+from nvlm_deploy.manifest import sha256_of_json as sha256_of_json
 
-MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.json.sig"
-EVIDENCE_LEVELS = ("measured", "contract-checked", "published", "derived", "not run")
-LICENCE_NOTE = "derived from the named checkpoint; NVLM-D-72B weights are CC-BY-NC-4.0 (non-commercial)"
+# by what it holds a run goes on with the files of a killed one; no part of the finished folder
+JOURNAL_NAME = ".journal"
 _PARTIAL = ".partial-"
 _REPLACED = "old-"
 _BEGUN = "begun-"
 _IDENTITY_DIGITS = 16
+_CACHE = "__pycache__"
+# what stands in a manifest for an empty folder: SHA-256 of no bytes
+EMPTY = hashlib.sha256().hexdigest()
 DigestsOf = Callable[[Iterable[Path]], Mapping[Path, str]]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact is and where it came from.
-
-    `outputs` and `inputs` map names to SHA-256; `key` is the digest of inputs and settings that decides "up to date".
-    `profile` is all of it, `calibration` the lists behind the scales ({"folder", "files": {name: SHA-256}}),
-    `fingerprints` what the engines are bound to, by the step that built them (fingerprint.py). `seal` is the digest of
-    everything else here; manifests that were written before there were seals have none.
-    """
-
-    kind: str
-    key: str
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
-    outputs: Mapping[str, str]
-    evidence: str
-    tools: Mapping[str, str]
-    created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    licence: str = LICENCE_NOTE
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    profile: Mapping[str, Any] | None = None
-    calibration: Sequence[Mapping[str, Any]] = ()
-    fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    seal: str = ""
-
-    @property
-    def sealed(self) -> Manifest:
-        """Itself with its seal."""
-        return replace(self, seal=sha256_of_json(asdict(replace(self, seal=""))))
-
-    @property
-    def text(self) -> str:
-        """As it stands in the file, byte for byte."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
@@ -75,28 +44,44 @@ class Artifact:
     manifest: Manifest
 
 
-def sha256_of_json(value: object) -> str:
-    """SHA-256 of a value by its canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def digests(folder: Path, digests_of: DigestsOf = sha256_of_files) -> dict[str, str]:
-    """SHA-256 of each of an artifact's files (`files_of`), by relative path."""
+    """SHA-256 of each of an artifact's files (`files_of`), by relative path. Raises NvlmError for what is no file."""
     files = files_of(folder)
-    by_path = digests_of(files.values())
-    return {name: by_path[path] for name, path in files.items()}
+    for path in files.values():
+        if not path.is_file() and not _is_folder(path):
+            raise NvlmError(f"{path} is neither a file nor a folder", hint="remove it")
+    return _digests_by_name(files, digests_of)
+
+
+def _digests_by_name(files: Mapping[str, Path], digests_of: DigestsOf) -> dict[str, str]:
+    by_path = digests_of([path for path in files.values() if path.is_file()])
+    return {name: by_path.get(path, EMPTY) for name, path in files.items()}
 
 
 def files_of(folder: Path) -> dict[str, Path]:
     """Each file below a folder, by relative path, but its manifest and signature.
 
-    Left out is what Python writes beside a module it imports, as Triton's stubs do with every `model.py` they load. A
-    link to a folder counts as a file: nobody looked at what is behind it.
+    An empty folder is one too, its name ends with a slash: Triton loads the highest version it sees. So is a link,
+    whatever is behind it, and a pipe. Left out is what Python writes beside a module it imports, as Triton's stubs do.
     """
-    found = sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    own = {folder / MANIFEST_NAME, folder / SIGNATURE_NAME}
-    kept = [path for path in found if path not in own and path.parent.name != "__pycache__"]
-    return {path.relative_to(folder).as_posix(): path for path in kept}
+    kept = [path for path in sorted(folder.rglob("*")) if not _goes_without_saying(path, folder)]
+    return {path.relative_to(folder).as_posix() + "/" * _is_folder(path): path for path in kept}
+
+
+def _goes_without_saying(path: Path, folder: Path) -> bool:
+    """Python's caches, which come and go; the manifest and its signature; a folder that something is in."""
+    if _is_folder(path):
+        return path.name == _CACHE or any(path.iterdir())
+    own = path in (folder / MANIFEST_NAME, folder / SIGNATURE_NAME)
+    return _is_regular(path) and (own or (path.parent.name == _CACHE and path.suffix == ".pyc"))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def tool_versions(distributions: Sequence[str]) -> dict[str, str]:
@@ -110,26 +95,10 @@ def tool_versions(distributions: Sequence[str]) -> dict[str, str]:
     return versions
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises NvlmError when a folder has no manifest, or one with a byte other than it was written with."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise NvlmError(f"{folder} has no {MANIFEST_NAME}: not a finished artifact", hint="build it again")
-    hint = f"remove {folder} and build it again"
-    try:
-        text = path.read_bytes().decode("utf-8")
-        manifest = Manifest(**json.loads(text))
-    except (ValueError, TypeError) as problem:
-        raise NvlmError(f"{path} is damaged: {problem}", hint=hint) from problem
-    if manifest.seal and (manifest.text != text or manifest.sealed != manifest):
-        raise NvlmError(f"{path} is damaged: it was changed after it was written", hint=hint)
-    return manifest
-
-
-def verify(folder: Path) -> Artifact:
+def verify(folder: Path, digests_of: DigestsOf = sha256_of_files) -> Artifact:
     """The artifact, if every file is byte for byte what its manifest says. Raises NvlmError naming what differs."""
     manifest = read_manifest(folder)
-    found = changes(folder, manifest)
+    found = changes(folder, manifest, digests_of)
     if found:
         raise NvlmError(f"{folder}: {found[0]}", hint="build the artifact again with --force, or fetch it again")
     return Artifact(folder, manifest)
@@ -138,30 +107,29 @@ def verify(folder: Path) -> Artifact:
 def changes(folder: Path, manifest: Manifest, digests_of: DigestsOf = sha256_of_files) -> list[str]:
     """What a folder holds otherwise than its manifest says, a sentence for each way: missing, changed, added."""
     files = files_of(folder)
-    listed = files.keys() & manifest.outputs.keys()
-    # what cannot be read is not what was written
-    regular = {name: files[name] for name in listed if files[name].is_file()}
-    by_path = digests_of(regular.values())
+    both = files.keys() & manifest.outputs.keys()
+    # a link may lead elsewhere tomorrow; what cannot be read is not what was written
+    readable = {name: files[name] for name in both if _is_regular(files[name]) or _is_folder(files[name])}
+    found = _digests_by_name(readable, digests_of)
     ways = {
         "missing": manifest.outputs.keys() - files.keys(),
-        "changed": {name for name in listed if by_path.get(files[name]) != manifest.outputs[name]},
+        "changed": {name for name in both if found.get(name) != manifest.outputs[name]},
         "not in the manifest": files.keys() - manifest.outputs.keys(),
     }
     return [f"{some(sorted(names))} {way}" for way, names in ways.items() if names]
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few, and how many there are beside."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first few, and how many there are beside; what a terminal would not show as it is, escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it sealed."""
     if manifest.evidence not in EVIDENCE_LEVELS:
         raise ValueError(f"no evidence level {manifest.evidence!r}")
-    # sealed as it will be read: JSON knows neither tuples nor numbers as keys
-    as_read = Manifest(**json.loads(json.dumps(asdict(manifest))))
-    write_text(folder / MANIFEST_NAME, as_read.sealed.text)
+    write_text(folder / MANIFEST_NAME, manifest.sealed.text)
 
 
 @contextlib.contextmanager
@@ -170,10 +138,10 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
     Leftovers of killed runs are cleared first. Raises MachineError when the disk is full.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_partial(folder)
     temporary = _partial(folder)
-    with _disk_errors(folder):
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_partial(folder)
         try:
             temporary.mkdir()
             yield temporary
@@ -189,17 +157,20 @@ def resumable_folder(folder: Path, identity: str) -> Iterator[Path]:
     The folder to fill then holds files already. Only a run of the same `identity` (hex digits) goes on with them, any
     other begins anew, as does one after wrong input.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_partial(folder, keep=identity)
     begun = folder.with_name(f"{_PARTIAL}{_BEGUN}{identity[:_IDENTITY_DIGITS]}-{folder.name}")
-    with _disk_errors(folder):
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        clear_partial(folder, keep=identity)
         begun.mkdir(exist_ok=True)
+        for half_written in [path for path in begun.rglob(f"{_PARTIAL}*") if path.is_file()]:
+            half_written.unlink()
         try:
             yield begun
         except NvlmError as problem:
             if not isinstance(problem, MachineError):
                 shutil.rmtree(begun, ignore_errors=True)
             raise
+        (begun / JOURNAL_NAME).unlink(missing_ok=True)
         _swap(begun, folder)
 
 
@@ -240,9 +211,9 @@ def _partial(path: Path, kind: str = "") -> Path:
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write, renamed into its place at the end; on any failure removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _partial(path)
-    with _disk_errors(path):
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             temporary.replace(path)
@@ -256,7 +227,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """Full disks surface as OSError from Python and as text from the Rust writer of safetensors."""
     try:
         yield

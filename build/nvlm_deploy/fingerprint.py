@@ -7,16 +7,19 @@ measured with it. A plan of TensorRT-RTX is built for a compute capability, on a
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nvlm_deploy.artifacts import Manifest, read_manifest, some, tool_versions
-from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.errors import MachineError, NvlmError, RejectedError, faults_of
 from nvlm_deploy.machine.nvidia_smi import GpuFacts, Gpus, gpus_here
 from nvlm_deploy.profile import load_profile, profile_folder
 from nvlm_deploy.sku import load_sku
@@ -29,6 +32,8 @@ _PARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     TENSORRT_RTX: {"TensorRT-RTX": ("tensorrt_rtx", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu12_libs")},
 }
 ABSENT = "absent"
+VERSION_MEND = "serve in the container it was built in, or build again in this one"
+_AGAIN = "`nvlm build` makes the engine again"
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,16 @@ class Fingerprint:
     `cohort` the versions that must be those of one container, `gpus` how many of them the engine takes.
     """
 
-    runtime: str
-    compute_capability: str
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    runtime: Annotated[str, Field(pattern=f"^({'|'.join(_PARTS)})$")]
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+$")]
     tensorrt: str
     cohort: str
     gpu: str | None = None
     mig: bool | None = None
     driver: str | None = None
-    gpus: int = 1
+    gpus: Annotated[int, Field(ge=1)] = 1
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,15 +61,16 @@ class Fingerprint:
     @classmethod
     def from_json(cls, value: object, origin: str) -> Fingerprint:
         """Raises NvlmError for anything but what `as_json` gave."""
-        kinds = {field.name: str(field.type) for field in fields(cls)}
-        if not isinstance(value, Mapping) or set(value) != set(kinds):
-            raise NvlmError(f"{origin}: a fingerprint has {', '.join(kinds)}", hint="build the engine again")
-        found = cls(**value)
-        for name, kind in kinds.items():
-            if type(getattr(found, name)).__name__ not in kind.replace("None", "NoneType").split(" | "):
-                raise NvlmError(
-                    f"{origin}: {name} is {getattr(found, name)!r}, expected {kind}", hint="build the engine again"
-                )
+        try:
+            found = TypeAdapter(cls).validate_json(json.dumps(value))
+        except ValidationError as problem:
+            raise NvlmError(f"{origin}: its fingerprint is damaged: {faults_of(problem)}", hint=_AGAIN) from None
+        lacking = found.as_json().keys() - (value if isinstance(value, dict) else {}).keys()
+        if found.runtime != TENSORRT_RTX:
+            lacking |= {name for name in ("gpu", "driver") if getattr(found, name) is None}
+        if lacking:
+            names = ", ".join(sorted(lacking))
+            raise NvlmError(f"{origin}: its fingerprint does not say {names}", hint=_AGAIN)
         return found
 
 
@@ -133,7 +141,8 @@ def mismatches(built: Fingerprint, found: Gpus) -> list[Mismatch]:
 def _of_gpus(built: Fingerprint, gpus: Sequence[GpuFacts]) -> Iterator[Mismatch]:
     if len(gpus) < built.gpus:
         here = f"{len(gpus)} visible"
-        yield Mismatch("number of GPUs", str(built.gpus), here, "give the server more GPUs (CUDA_VISIBLE_DEVICES)")
+        mend = "give the server more GPUs: `export CUDA_VISIBLE_DEVICES=...`, `docker run --gpus all`"
+        yield Mismatch("number of GPUs", str(built.gpus), here, mend)
     seen: set[str] = set()
     for gpu in gpus[: built.gpus]:
         for mismatch in _of_gpu(built, gpu):
@@ -159,11 +168,10 @@ def _of_gpu(built: Fingerprint, gpu: GpuFacts) -> Iterator[Mismatch]:
 
 def _of_versions(built: Fingerprint) -> Iterator[Mismatch]:
     tensorrt, cohort = versions_here(built.runtime)
-    mend = "serve in the container it was built in, or build again in this one"
     if tensorrt != built.tensorrt:
-        yield Mismatch("TensorRT", built.tensorrt, tensorrt, mend)
+        yield Mismatch("TensorRT", built.tensorrt, tensorrt, VERSION_MEND)
     if cohort != built.cohort:
-        yield Mismatch("cohort", built.cohort, cohort, mend)
+        yield Mismatch("cohort", built.cohort, cohort, VERSION_MEND)
 
 
 def fingerprints_of(manifest: Manifest, origin: str) -> dict[str, Fingerprint]:
@@ -172,7 +180,7 @@ def fingerprints_of(manifest: Manifest, origin: str) -> dict[str, Fingerprint]:
 
 
 def require_fitting(fingerprints: Mapping[str, Fingerprint], origin: str) -> None:
-    """Raises NvlmError naming everything that differs here, the mend, and the profiles that would run here.
+    """Raises RejectedError naming everything that differs here, the mend, and the profiles that would run here.
 
     MachineError where no driver answers.
     """
@@ -184,7 +192,9 @@ def require_fitting(fingerprints: Mapping[str, Fingerprint], origin: str) -> Non
         lines = [f"  {step}: {mismatch}" for step, found_wrong in wrong.items() for mismatch in found_wrong]
         lines.append(f"  profiles that would run here: {some(profiles_for(found))}")
         mends = dict.fromkeys(mismatch.mend for found_wrong in wrong.values() for mismatch in found_wrong)
-        raise NvlmError(f"{origin} holds engines of another machine:\n" + "\n".join(lines), hint="; or ".join(mends))
+        raise RejectedError(
+            f"{origin} holds engines of another machine:\n" + "\n".join(lines), hint="; or ".join(mends)
+        )
 
 
 def profiles_for(found: Gpus) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -11,14 +12,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nvlm_deploy.artifacts import (
+    JOURNAL_NAME,
     MANIFEST_NAME,
     Artifact,
     Manifest,
     clear_partial,
     digests,
+    disk_errors,
     read_manifest,
     replace_folder,
     resumable_folder,
@@ -96,7 +99,7 @@ def _verified(folder: Path) -> Artifact:
 
 @lru_cache(maxsize=256)
 def _verified_once(folder: Path, *_states: tuple[Path | int, ...]) -> Artifact:
-    return verify(folder)
+    return verify(folder, KNOWN_DIGESTS.of)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
@@ -150,10 +153,24 @@ def run_step(step: Step, *, force: bool = False, profile: Mapping[str, Any] | No
         return State.UP_TO_DATE, Artifact(step.output, read_manifest(step.output))
     log.info("%s: building %s", step.name, step.output)
     with resumable_folder(step.output, key) if step.resumes else replace_folder(step.output) as folder:
-        notes = step.make(folder)
-        # what was linked from an input, or handed over by its writer, is not read again
-        write_manifest(folder, _manifest(step, digests(folder, KNOWN_DIGESTS.of), notes, profile))
+        if not _is_finished(folder, key):
+            notes = step.make(folder)
+            write_manifest(folder, _manifest(step, _output_digests(folder), notes, profile))
     return State.BUILT, Artifact(step.output, read_manifest(step.output))
+
+
+def _is_finished(folder: Path, key: str) -> bool:
+    """Whether a run was killed between writing the manifest, which is the last thing, and putting it all in place."""
+    try:
+        return read_manifest(folder).key == key
+    except NvlmError:
+        return False
+
+
+def _output_digests(folder: Path) -> dict[str, str]:
+    """Of what was made; what was linked from an input, or handed over by its writer, is not read again."""
+    found = digests(folder, KNOWN_DIGESTS.of)
+    return {name: sha256 for name, sha256 in found.items() if name != JOURNAL_NAME}
 
 
 def _manifest(
@@ -164,7 +181,7 @@ def _manifest(
     bound_to = step.bound_to() if step.bound_to else None
     lists = calibration_of(step.inputs, step.input_digests)
     for one in (one for manifest in before for one in manifest.calibration):
-        lists += [] if one in lists else [dict(one)]
+        lists += [] if one in lists else [one]
     fingerprints = {name: print_ for manifest in before for name, print_ in manifest.fingerprints.items()}
     return Manifest(
         kind=step.name,
@@ -182,11 +199,12 @@ def _manifest(
 
 
 def _require_ours(folder: Path) -> None:
+    hint = "move it away or choose another --workspace; it is not touched"
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "link" if folder.is_symlink() else "file"
+        raise NvlmError(f"{folder} is a {kind}, where a folder is to be put in place", hint=hint)
     if folder.is_dir() and not (folder / MANIFEST_NAME).is_file() and any(folder.iterdir()):
-        raise NvlmError(
-            f"{folder} exists and was not made by nvlm (no {MANIFEST_NAME})",
-            hint="move it away or choose another --workspace; it is not touched",
-        )
+        raise NvlmError(f"{folder} exists and was not made by nvlm (no {MANIFEST_NAME})", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -201,8 +219,11 @@ class Pipeline:
     profile: Mapping[str, Any] | None = None
 
     def run(self, *, force: bool = False) -> Iterator[tuple[Step, State]]:
-        """Yield each step with what happened; a killed run goes on at the step it was in."""
-        with _exclusive(self.lock):
+        """Yield each step with what happened; a killed run goes on at the step it was in.
+
+        Raises MachineError when the disk is full, whatever was to be written.
+        """
+        with disk_errors(self.lock.parent), _opened(self.lock) as lock, _exclusive(lock):
             for make_step in self.makers.values():
                 step = make_step()
                 yield step, run_step(step, force=force, profile=self.profile)[0]
@@ -215,18 +236,30 @@ class Pipeline:
             yield name, State.TO_BUILD if stale else State.UP_TO_DATE
 
 
+def _opened(lock: Path) -> TextIO:
+    """The first file of a build. Raises MachineError where nothing can be written at all."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("a+")
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MachineError(
+            f"{lock.parent} cannot be written to: {problem.strerror}",
+            hint="mend what its path names, or choose another --workspace",
+        ) from problem
+
+
 @contextlib.contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
+def _exclusive(lock: TextIO) -> Iterator[None]:
     """One build at a time per workspace; the kernel releases the lock of a killed build."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MachineError(
-                f"another build is running in {lock.parent}", hint="wait for it, or choose another --workspace"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MachineError(
+            f"another build is running in {Path(lock.name).parent}", hint="wait for it, or choose another --workspace"
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    yield

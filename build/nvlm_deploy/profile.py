@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.errors import NvlmError, unknown_name
+
+# more of anything is a slip of the finger
+_MOST = 1_000_000_000
+Count = Annotated[int, Field(gt=0, le=_MOST)]
 
 
 class _Section(BaseModel):
@@ -27,8 +31,8 @@ class VisionChoice(_Section):
     precision: Literal["fp32", "bf16", "fp16", "fp8"]
     weight_scales: Literal["per_tensor", "per_channel"] = "per_channel"
     fp8_attention: bool = False
-    max_tiles_per_run: PositiveInt = 28
-    gate_tiles: PositiveInt = 2
+    max_tiles_per_run: Count = 28
+    gate_tiles: Count = 2
 
 
 class DecoderChoice(_Section):
@@ -42,12 +46,12 @@ class DecoderChoice(_Section):
     runtime: Literal["reference", "tensorrt_llm"]
     quantization: Literal["fp8", "fp8_per_channel", "none"]
     kv_cache: Literal["16bit", "fp8"] = "16bit"
-    tensor_parallel: PositiveInt = 1
-    pipeline_parallel: PositiveInt = 1
-    max_batch_size: PositiveInt
-    max_seq_len: PositiveInt
-    max_num_tokens: PositiveInt | None = None
-    build_at_once: PositiveInt | None = None
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    max_batch_size: Count
+    max_seq_len: Count
+    max_num_tokens: Count | None = None
+    build_at_once: Count | None = None
 
     @property
     def wants_samples(self) -> bool:
@@ -58,15 +62,15 @@ class DecoderChoice(_Section):
 class CalibrationChoice(_Section):
     """How many samples of the calibration list are used; 0 is data-free: scales come from weights alone."""
 
-    samples: NonNegativeInt
+    samples: Annotated[int, Field(ge=0, le=_MOST)]
 
 
 class ServingChoice(_Section):
     """What a request may ask for; `wrapper` is the chat turn around the question (model/prompt.py)."""
 
     wrapper: Literal["chat", "chat_template", "raw"] = "chat"
-    max_images: PositiveInt = 16
-    default_max_tokens: PositiveInt = 128
+    max_images: Count = 16
+    default_max_tokens: Count = 128
 
 
 class Profile(_Section):
@@ -88,6 +92,10 @@ def profile_folder() -> Path:
     return shipped if shipped.is_dir() else here.parents[1] / "engines" / "profiles"
 
 
+def profile_names() -> list[str]:
+    return sorted(file.stem for file in profile_folder().glob("*.toml"))
+
+
 def load_profile(name_or_path: str) -> Profile:
     """A shipped profile by name, or any profile by the path of its .toml file.
 
@@ -96,9 +104,8 @@ def load_profile(name_or_path: str) -> Profile:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = profile_folder() / f"{name_or_path}.toml"
-        if not path.is_file():
-            names = sorted(file.stem for file in profile_folder().glob("*.toml"))
-            raise NvlmError(f"no profile {name_or_path!r}", hint=f"there are: {', '.join(names)}")
+        if name_or_path not in profile_names():
+            raise unknown_name("profile", name_or_path, profile_names())
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:

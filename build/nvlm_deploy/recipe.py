@@ -17,9 +17,20 @@ from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.progress import Progress, silent
-from nvlm_deploy.samples import SAMPLES_NAME, Sample, read_samples
+from nvlm_deploy.samples import SAMPLES_NAME, PlacedSample, Sample, read_placed_samples
 
 TOKENIZER_NAME = "tokenizer.json"
+TENSORRT_LLM = "tensorrt_llm"
+# in the order in which they read one another
+STEP_NAMES = (
+    "export-vision",
+    "build-vision",
+    "calibrate-llm",
+    "quantize-llm",
+    "export-hf",
+    "build-llm",
+    "assemble",
+)
 # TensorRT-LLM's names of the profile's choices
 QUANT_ALGOS = {"none": None, "fp8": FP8, "fp8_per_channel": FP8_PER_CHANNEL}
 KV_CACHE_QUANT_ALGOS = {"16bit": None, "fp8": FP8}
@@ -133,13 +144,17 @@ class Recipe:
 
     def samples(self) -> list[Sample]:
         """The calibration samples of the profile. Raises NvlmError when there is no list, or none is to be read."""
+        return [sample for _, sample in self.placed_samples()]
+
+    def placed_samples(self) -> list[PlacedSample]:
+        """As `samples`, each with its line."""
         if self.profile.calibration.samples == 0:
             raise NvlmError(
                 f"profile {self.profile.name!r} is data-free (calibration.samples = 0), but its encoder in fp8 needs "
                 "pictures",
                 hint="give it samples, or choose another vision.precision",
             )
-        return read_samples(self._calibration(), limit=self.profile.calibration.samples)
+        return read_placed_samples(self._calibration(), limit=self.profile.calibration.samples)
 
     def checkpoint_inputs(self) -> dict[str, Path]:
         """config.json and every shard, by name."""
@@ -173,3 +188,13 @@ class Recipe:
                 f"profile {self.profile.name!r}: default_max_tokens {answer} leaves no room for a prompt "
                 f"in max_seq_len {longest}"
             )
+
+
+def steps_of_build(recipe: Recipe) -> list[str]:
+    """The steps of `nvlm build` with this profile: a Hugging Face folder is made only when asked for by its name."""
+    left_out = {"export-hf"}
+    if recipe.profile.decoder.runtime != TENSORRT_LLM:
+        left_out.add("build-llm")
+    if not recipe.calibrates_decoder:
+        left_out.add("calibrate-llm")
+    return [name for name in STEP_NAMES if name not in left_out]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nvlm_deploy.artifacts import replace_file
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, TilingSpec
 from nvlm_deploy.model.tiling import open_image, tiles_from_image
-from nvlm_deploy.samples import Sample
+from nvlm_deploy.samples import PlacedSample, Sample, blamed_on
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+
+
+Found = TypeVar("Found")
+# the one array of a stored file
+_ARRAY = "embeddings"
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class SampleEmbedder:
 class CachedEncoder:
     """A vision engine whose embeddings are kept in a folder: a picture costs minutes on a CPU, and a list repeats some.
 
-    The folder must be of one engine: files are named by tiles alone.
+    The folder must be of one engine: files are named by tiles alone. A file with another byte than was written, which
+    its CRC-32 tells, is made again.
     """
 
     encode: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -87,21 +94,54 @@ class CachedEncoder:
 
     def __call__(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 [tiles, H, W, 3] -> float32 [tiles, tokens, hidden]."""
-        import numpy as np
-
-        path = self.folder / f"{hashlib.sha256(str(tiles.shape).encode() + tiles.tobytes()).hexdigest()}.npy"
-        if not path.is_file():
-            content = io.BytesIO()
-            np.save(content, self.encode(tiles))
-            with replace_file(path) as temporary:
-                temporary.write_bytes(content.getbuffer())
-        found: npt.NDArray[np.float32] = np.load(path)
+        path = self.folder / f"{hashlib.sha256(str(tiles.shape).encode() + tiles.tobytes()).hexdigest()}.npz"
+        found = _stored(path)
+        if found is None:
+            found = self.encode(tiles)
+            _store(path, found)
         return found
+
+
+def _stored(path: Path) -> npt.NDArray[np.float32] | None:
+    """None for a file that is missing or not as it was written."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found: npt.NDArray[np.float32] = archive[_ARRAY]
+            return found
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile):
+        return None
+
+
+def _store(path: Path, embeddings: npt.NDArray[np.float32]) -> None:
+    """By way of memory: numpy's own message about a full disk names none."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, **{_ARRAY: embeddings})
+    with replace_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def tiles_of_pictures(samples: Iterable[PlacedSample], tiling: TilingSpec) -> dict[Path, npt.NDArray[np.uint8]]:
+    """The tiles of every picture of a list, once each. Raises NvlmError naming the line of one that cannot be read."""
+    tiles: dict[Path, npt.NDArray[np.uint8]] = {}
+    for place, sample in samples:
+        with blamed_on(place):
+            tiles |= {path: tiles_of_file(path, tiling) for path in sample.images if path not in tiles}
+    return tiles
 
 
 def tiles_of_file(path: Path, tiling: TilingSpec) -> npt.NDArray[np.uint8]:
     """uint8 [tiles, S, S, 3] of a picture. Raises NvlmError naming a file that cannot be read as one."""
+    return of_picture(path, lambda encoded: tiles_from_image(open_image(encoded), tiling))
+
+
+def of_picture(path: Path, read: Callable[[bytes], Found]) -> Found:
+    """What `read` finds in a picture's file, which an NvlmError then names."""
     try:
-        return tiles_from_image(open_image(path.read_bytes()), tiling)
+        return read(path.read_bytes())
     except NvlmError as problem:
-        raise NvlmError(f"{path}: {problem.message}", hint=problem.hint) from problem
+        hint = problem.hint or "replace it by a whole JPEG, PNG or WebP file"
+        raise NvlmError(f"{path}: {problem.message}", hint=hint) from problem

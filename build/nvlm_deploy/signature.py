@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,24 @@ from nvlm_deploy.errors import MachineError, NvlmError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-_MAKE_KEY = "openssl genpkey -algorithm ed25519 -out key.pem; openssl pkey -in key.pem -pubout -out public.pem"
+_MAKE_KEY = "`openssl genpkey -algorithm ed25519 -out key.pem`, `openssl pkey -in key.pem -pubout -out public.pem`"
 
 
-def sign(folder: Path, key: Ed25519PrivateKey) -> Path:
-    """Sign a finished artifact; the file that holds the signature. Raises NvlmError when the artifact is damaged."""
+def sign(folders: Iterable[Path], key: Ed25519PrivateKey, *, dry_run: bool = False) -> list[Path]:
+    """Sign finished artifacts; the files that hold the signatures.
+
+    Raises NvlmError when one is damaged, before any is signed.
+    """
+    texts = {folder: _signature_of(folder, key) for folder in folders}
+    for folder, text in texts.items() if not dry_run else ():
+        write_text(folder / SIGNATURE_NAME, text)
+        require_signature(folder, key.public_key())
+    return [folder / SIGNATURE_NAME for folder in texts]
+
+
+def _signature_of(folder: Path, key: Ed25519PrivateKey) -> str:
     verify(folder)
-    signature = key.sign((folder / MANIFEST_NAME).read_bytes())
-    write_text(folder / SIGNATURE_NAME, base64.b64encode(signature).decode() + "\n")
-    require_signature(folder, key.public_key())
-    return folder / SIGNATURE_NAME
+    return base64.b64encode(key.sign((folder / MANIFEST_NAME).read_bytes())).decode() + "\n"
 
 
 def require_signature(folder: Path, key: Ed25519PublicKey) -> None:
@@ -36,7 +45,7 @@ def require_signature(folder: Path, key: Ed25519PublicKey) -> None:
     read_manifest(folder)
     path = folder / SIGNATURE_NAME
     if not path.is_file():
-        raise NvlmError(f"{folder} is not signed: no {SIGNATURE_NAME}", hint=f"nvlm sign {folder} --key key.pem")
+        raise NvlmError(f"{folder} is not signed: no {SIGNATURE_NAME}", hint=f"`nvlm sign {folder} --key key.pem`")
     try:
         text = path.read_bytes()
         signature = base64.b64decode(text.removesuffix(b"\n"), validate=True)
@@ -86,5 +95,5 @@ def _loaded(path: Path, load: Any) -> object:
         raise NvlmError(f"no key {path}", hint=_MAKE_KEY)
     try:
         return load(path.read_bytes())
-    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
-        raise NvlmError(f"{path} holds no key that can be read: {problem}", hint=_MAKE_KEY) from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise NvlmError(f"{path} holds no such key in PEM, or one with a password", hint=_MAKE_KEY) from None

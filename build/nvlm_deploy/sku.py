@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.errors import NvlmError, unknown_name
 
 # the first compute capability whose tensor cores multiply this type (CUDA C++ Programming Guide, "Tensor Cores")
 FIRST_WITH_BF16 = (8, 0)
@@ -113,7 +113,7 @@ def sku_names() -> list[str]:
 def load_sku(name: str) -> Sku:
     """The shipped facts of one SKU. Raises NvlmError for an unknown name or a file that does not state them."""
     if name not in sku_names():
-        raise NvlmError(f"no SKU {name!r}", hint=f"there are: {', '.join(sku_names())}")
+        raise unknown_name("SKU", name, sku_names())
     path = sku_folder() / f"{name}.toml"
     try:
         return Sku.model_validate({"name": name, **tomllib.loads(path.read_text(encoding="utf-8"))})

@@ -92,7 +92,7 @@ REQUEST_INPUTS = (
     STREAM,
 )
 
-# what a client gets per streamed piece
+# what a client gets per streamed piece; tokens are counted piece by piece, as TensorRT-LLM's backend counts them
 TEXT_OUTPUT = TensorSpec("text_output", "string", (1,))
 FINISH_REASON = TensorSpec("finish_reason", "string", (1,))
 INPUT_TOKEN_COUNT = TensorSpec("num_input_tokens", "int32", (1,))

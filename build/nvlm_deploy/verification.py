@@ -12,6 +12,7 @@ from nvlm_deploy.artifacts import MANIFEST_NAME, Manifest, changes, files_of, re
 from nvlm_deploy.digest import KnownDigests
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import fingerprints_of
+from nvlm_deploy.manifest import CalibrationList
 from nvlm_deploy.samples import SAMPLES_NAME
 from nvlm_deploy.signature import require_signature
 
@@ -23,7 +24,7 @@ _MARKS = ("*/config.pbtxt", "vision.onnx", "vision.plan", "rank[0-9]*", "calibra
 _PARTS_OF_WORKSPACE = ("engines", "triton_repo")
 # how a step's inputs are called that are files of its calibration list
 CALIBRATION_INPUT = "calibration "
-_FETCH = "build it again with --force, or fetch it again"
+_FETCH = "`nvlm build` makes it anew; or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Problem:
 class Verified:
     """One artifact: what it says of itself, and every problem found; the manifest is None where it cannot be read.
 
-    `unchecked` names calibration lists that are not on this machine.
+    `not_looked_at` says what nothing vouches for: calibration lists that are elsewhere, what else is beside those that
+    are here, caches.
     """
 
     folder: Path
@@ -46,7 +48,7 @@ class Verified:
     problems: Sequence[Problem]
     files: int = 0
     size_bytes: int = 0
-    unchecked: Sequence[str] = ()
+    not_looked_at: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -71,7 +73,7 @@ class Verified:
             **said,
             "files": self.files,
             "bytes": self.size_bytes,
-            "calibration_lists_not_here": list(self.unchecked),
+            "not_looked_at": list(self.not_looked_at),
         }
 
 
@@ -124,7 +126,8 @@ def artifact_folders(folder: Path) -> list[Path]:
         raise NvlmError(f"no folder {folder}")
     parts = [folder / name for name in _PARTS_OF_WORKSPACE if (folder / name).is_dir()]
     below = [part for part in parts if not _is_artifact(folder)] or [folder]
-    found = sorted(artifact for part in below for artifact in _walk(part))
+    by_place = {artifact.resolve(): artifact for part in below for artifact in _walk(part)}
+    found = sorted(by_place.values())
     if not found:
         raise NvlmError(
             f"{folder} holds no artifact: no {MANIFEST_NAME} in it or below",
@@ -138,8 +141,18 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__")):
+        if path.is_symlink():
+            yield from _behind(path)
+        elif path.is_dir() and not path.name.startswith((".", "__")):
             yield from _walk(path)
+
+
+def _behind(link: Path) -> Iterator[Path]:
+    """An artifact on another disk, or a folder of them: served like any other. Deeper would be anywhere."""
+    if _is_artifact(link):
+        yield link
+    elif link.is_dir():
+        yield from (path for path in sorted(link.iterdir()) if _is_artifact(path))
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -148,21 +161,26 @@ def _is_artifact(folder: Path) -> bool:
 
 def verified(folder: Path, demand: Demand = DEFAULT_DEMAND, once: KnownDigests | None = None) -> Verified:
     """Never raises for what it finds in the folder: that is the answer."""
-    once = KnownDigests() if once is None else once
     try:
-        manifest = read_manifest(folder)
-        fingerprints_of(manifest, str(folder))
-        problems = [Problem(change, _FETCH) for change in changes(folder, manifest, once.of)]
+        return _looked_at(folder, demand, KnownDigests() if once is None else once)
     except NvlmError as problem:
         return Verified(folder, None, [_problem(problem)])
     except OSError as problem:
         return Verified(folder, None, [Problem(f"{problem.filename} cannot be read: {problem.strerror}", _FETCH)])
+
+
+def _looked_at(folder: Path, demand: Demand, once: KnownDigests) -> Verified:
+    manifest = read_manifest(folder)
+    fingerprints_of(manifest, str(folder))
+    problems = [Problem(change, _FETCH) for change in changes(folder, manifest, once.of)]
     problems += _signature_problems(folder, demand.public_key)
     lists = manifest.calibration if demand.calibration else ()
     problems += [problem for one in lists for problem in calibration_problems(one, once)]
     sizes = [path.stat().st_size for path in files_of(folder).values() if path.is_file()]
-    unchecked = [str(one["folder"]) for one in lists if not Path(one["folder"]).is_dir()]
-    return Verified(folder, manifest, problems, len(sizes), sum(sizes), unchecked)
+    notes = [note for one in lists for note in _unlooked(one)]
+    if any(folder.rglob("__pycache__")):
+        notes.append(f"Python's caches in {folder}: `nvlm serve` removes them, a bare tritonserver would run them")
+    return Verified(folder, manifest, problems, len(sizes), sum(sizes), notes)
 
 
 def _signature_problems(folder: Path, key: Ed25519PublicKey | None) -> list[Problem]:
@@ -174,9 +192,9 @@ def _signature_problems(folder: Path, key: Ed25519PublicKey | None) -> list[Prob
     return []
 
 
-def calibration_problems(recorded: Mapping[str, Any], once: KnownDigests) -> list[Problem]:
+def calibration_problems(recorded: CalibrationList, once: KnownDigests) -> list[Problem]:
     """What a calibration list holds otherwise than when the scales were made of it; none where it is not here."""
-    folder, files = Path(recorded["folder"]), dict(recorded["files"])
+    folder, files = Path(recorded.folder), recorded.files
     if not folder.is_dir():
         return []
     present = {name: folder / name for name in files if (folder / name).is_file()}
@@ -187,11 +205,22 @@ def calibration_problems(recorded: Mapping[str, Any], once: KnownDigests) -> lis
     return [Problem(f"calibration list {folder}: {some(wrong)}", mend)] if wrong else []
 
 
+def _unlooked(recorded: CalibrationList) -> Iterator[str]:
+    """A list that is elsewhere, and files beside a list that is here: no scale was made of them."""
+    folder = Path(recorded.folder)
+    if not folder.is_dir():
+        yield f"calibration list {folder} is not on this machine"
+        return
+    beside = sorted(files_of(folder).keys() - recorded.files.keys())
+    if beside:
+        yield f"{len(beside)} of the files in {folder}: the list does not use {some(beside, 2)}"
+
+
 def _problem(problem: NvlmError) -> Problem:
     return Problem(problem.message, problem.hint or "build it again")
 
 
-def calibration_of(inputs: Mapping[str, Path], digests: Mapping[str, str]) -> list[dict[str, Any]]:
+def calibration_of(inputs: Mapping[str, Path], digests: Mapping[str, str]) -> list[CalibrationList]:
     """The calibration list among a step's inputs, as manifests record it; none where there is none.
 
     Its files are the inputs whose names begin with CALIBRATION_INPUT, and end as they are called below its folder.
@@ -199,5 +228,6 @@ def calibration_of(inputs: Mapping[str, Path], digests: Mapping[str, str]) -> li
     names = {name.removeprefix(CALIBRATION_INPUT): name for name in inputs if name.startswith(CALIBRATION_INPUT)}
     if SAMPLES_NAME not in names:
         return []
-    folder = inputs[names[SAMPLES_NAME]].absolute().parent
-    return [{"folder": str(folder), "files": {below: digests[name] for below, name in names.items()}}]
+    # a path need not be UTF-8, JSON must
+    folder = bytes(inputs[names[SAMPLES_NAME]].absolute().parent).decode("utf-8", "backslashreplace")
+    return [CalibrationList(folder, {below: digests[name] for below, name in names.items()})]

@@ -1,4 +1,4 @@
-"""Digests of an artifact's files: `nvlm verify` beside sha256sum, from the page cache and from the disk.
+"""Digests of an artifact's files: `nvlm verify` beside sha256sum, from the page cache and from the disk; in a build.
 
     python tests/bench/bench_digest.py                 8 files, 2 GB in all
     python tests/bench/bench_digest.py --gigabytes 8
@@ -7,6 +7,9 @@ The files are those of an artifact with a manifest; what is timed is a process f
 sums of both sides are compared. `xargs -P` gives sha256sum all cores, as nvlm takes them. SHA-256 alone is what one
 core makes of bytes in memory; reading alone is what the disk gives. A shared machine does not give all the time what it
 has: the sides take turns, each pair of runs starts with the other side, and the best of each counts.
+
+A step of a build streams tensors of the same size into as many files: what it reads of them, to compare them with what
+was meant, for their digests, and when the next step looks at them, is counted for each byte written.
 
 Prints a table and, as its last line, one JSON object. Exit code 1 when a bar does not hold.
 """
@@ -30,6 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nvlm_deploy.artifacts import Manifest, digests, read_manifest, write_manifest
+from nvlm_deploy.checkpoint.read_back import read_back
+from nvlm_deploy.checkpoint.resumable import tensor_files
+from nvlm_deploy.pipeline import Step, run_step
 from nvlm_deploy.report.device import device_name
 from nvlm_deploy.report.measurement import Bar, Measurement, Verdict, all_hold
 from nvlm_deploy.report.tables import verdict_table
@@ -38,6 +44,8 @@ FILES, REPEATS = 8, 3
 CHUNK_BYTES = 1 << 24
 # the issue's bar, in 10^9 bytes a second
 GB_S = 1.0
+# one pass over each file, and the manifests
+MOST_READ = 1.01
 
 OURS = """
 import sys
@@ -104,6 +112,40 @@ def processor_rate(folder: Path) -> float:
     return size_of(folder) / (time.process_time() - started) / 1e9
 
 
+def read_back_rate(folder: Path) -> float:
+    """GB compared and digested in a second of processor time, in the one pass that a build makes over its output."""
+    reading(folder)
+    started = time.process_time()
+    for path in folder.glob("rank*"):
+        with path.open("rb") as file:
+            read_back(file.fileno(), {"tensor": range(1 << 12, path.stat().st_size)})
+    return size_of(folder) / (time.process_time() - started) / 1e9
+
+
+def read_for_each_byte_written(folder: Path, size_bytes: int) -> float:
+    """By a step that streams, and by the next one's look at its input; in this process, whoever asked for the bytes."""
+    chunk = os.urandom(CHUNK_BYTES)
+    header = {"weight": ("F8_E4M3", (size_bytes // FILES // CHUNK_BYTES, CHUNK_BYTES))}
+    headers = {f"rank{number}.safetensors": header for number in range(FILES)}
+
+    def make(unfinished: Path) -> dict[str, Any]:
+        with tensor_files(unfinished, headers, identity="bench") as files:
+            for name in headers:
+                with files.tensor(name, "weight") as tensor:
+                    while tensor.missing_bytes:
+                        tensor.append_bytes(chunk)
+        return {}
+
+    before = _read_bytes()
+    run_step(Step("stream", folder, {}, {}, make, resumes=True))
+    Step("next", folder.with_name("next"), {"streamed": folder}, {}, make).key  # noqa: B018  # looks at its input
+    return (_read_bytes() - before) / size_of(folder)
+
+
+def _read_bytes() -> int:
+    return int(next(line for line in Path("/proc/self/io").read_text().splitlines() if "rchar" in line).split()[1])
+
+
 def hashing(size_bytes: int = 1 << 30) -> float:
     """GB/s of one core."""
     data, digest = os.urandom(CHUNK_BYTES), hashlib.sha256()
@@ -138,16 +180,23 @@ def main() -> int:
     shutil.rmtree(arguments.folder, ignore_errors=True)
     try:
         write_artifact(arguments.folder, int(arguments.gigabytes * 1e9))
-        return bench(arguments.folder)
+        bytes_ = int(arguments.gigabytes * 1e9)
+        return bench(arguments.folder, read_for_each_byte_written(arguments.folder.with_name("streamed"), bytes_))
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
+        shutil.rmtree(arguments.folder.with_name("streamed"), ignore_errors=True)
 
 
-def bench(folder: Path) -> int:
+def bench(folder: Path, bytes_read: float) -> int:
     warm, cold, core = rates(folder, cold=False), rates(folder, cold=True), hashing()
     cores, each = len(os.sched_getaffinity(0)), max(processor_rate(folder) for _ in range(REPEATS))
     peer = f"sha256sum, {cores} processes"
+    compared = max(read_back_rate(folder) for _ in range(REPEATS))
     judged = [
+        _verdict("read back and digested, a second of one core", compared, "GB", GB_S),
+        Verdict(
+            Measurement("bytes that a build reads of its output, each", bytes_read, "", 1), Bar("at most", MOST_READ)
+        ),
         _verdict("digests of an artifact, a second of one core", each, "GB", GB_S),
         _verdict("nvlm verify, from the page cache", warm["nvlm verify"], "GB/s", GB_S),
         _verdict("over sha256sum, from the page cache", warm["nvlm verify"] / warm["sha256sum"], "times", 1),
@@ -165,6 +214,7 @@ def bench(folder: Path) -> int:
     console.print(table, verdict_table(judged))
     results = {f"{name}: page cache, GB/s": rate for name, rate in warm.items()}
     results |= {f"{name}: disk, GB/s": rate for name, rate in cold.items()}
+    results |= {"read back and digested, GB a second of one core": compared, "bytes read for each written": bytes_read}
     results |= {"digests, GB a second of one core": each, "SHA-256 alone, one core, GB/s": core}
     bars = [verdict.as_json() for verdict in judged]
     print(json.dumps({"name": "digest", "device": device_name(), "results": results, "bars": bars}))

@@ -72,7 +72,8 @@ def test_a_right_container_has_a_line_for_each_finding_and_exit_code_0(container
     assert exit_code_of("doctor", "--container") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "engines can be built here"
-    assert all(line.startswith("ok  ") for line in lines[:-1])
+    assert all(line.startswith(("ok  ", "    ")) for line in lines[:-1])
+    assert not any("fix:" in line for line in lines)
     assert "ok  flags: " in "\n".join(lines)
 
 
@@ -172,13 +173,14 @@ def test_one_line_for_each_finding_one_for_each_fix_and_one_for_all(capsys, smi,
     index = next(number for number, line in enumerate(lines) if line.startswith("NO  GPU: "))
     assert "2 x h100-sxm-80gb needed" in lines[index]
     assert lines[index + 1].startswith("    fix: ")
-    assert lines[-1].endswith(" wrong")
+    assert lines[-2].endswith(" wrong")
+    assert lines[-1] == "profiles for this machine: cpu, cpu-bf16, h200-141gb-throughput"
 
 
 def test_a_machine_with_what_the_profile_needs_has_its_gpu_findings_right(capsys, smi, tmp_path) -> None:
     smi.machine("H100", "H100")
     found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
-    for check in ("driver", "GPU", "MIG", "GPU in use", "GPU memory", "NVLink"):
+    for check in ("driver", "GPU", "CUDA", "MIG", "GPU in use", "GPU memory", "NVLink"):
         assert found[check]["passed"], found[check]
     assert "tokens of KV cache" in found["GPU memory"]["found"]
     assert "NV18" in found["NVLink"]["found"]
@@ -192,6 +194,7 @@ def test_a_machine_with_what_the_profile_needs_has_its_gpu_findings_right(capsys
         ({"kinds": ["A100", "A100"]}, "GPU", "a100-80gb"),
         ({"kinds": ["H100", "H100"], "driver": "535.183.06"}, "driver", "at least 580"),
         ({"kinds": ["H100", "H100"], "connection": "SYS"}, "NVLink", "does not join GPU 0 and 1 (SYS)"),
+        ({"kinds": ["H100", "H200"]}, "GPU", "1 x NVIDIA H200 (h200-141gb); 2 x h100-sxm-80gb needed"),
         ({"kinds": ["H100", "H100"], "used": 60000}, "GPU in use", "GPU 0 58.6 GiB"),
         ({"kinds": ["H100", "H100"], "used": 60000}, "GPU memory", "needs "),
     ],
@@ -206,7 +209,7 @@ def test_what_is_wrong_with_the_gpus_is_named(capsys, smi, tmp_path, machine, ch
 def test_the_right_gpus_behind_wrong_ones_are_named_for_cuda_visible_devices(capsys, smi, tmp_path) -> None:
     smi.machine("A100", "H100", "H100")
     found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
-    assert found["GPU"]["fix"] == "export CUDA_VISIBLE_DEVICES=1,2"
+    assert found["GPU"]["fix"] == "`export CUDA_VISIBLE_DEVICES=1,2`"
 
 
 def test_a_divided_gpu_has_the_command_that_joins_it(capsys, smi, tmp_path) -> None:
@@ -232,9 +235,147 @@ def test_a_driver_that_does_not_answer_is_wrong_for_a_gpu_and_right_for_none(
     assert findings_of(capsys, "--profile", "cpu", *free_ports)["driver"]["passed"]
 
 
-def test_an_answer_that_nobody_knows_is_a_finding_not_a_traceback(capsys, smi, tmp_path) -> None:
-    smi.rows(["0, garbage"])
-    assert not findings_of(capsys, "--profile", gpu_profile(tmp_path))["driver"]["passed"]
+@pytest.mark.parametrize("answer", [b"0, garbage", b"\xff\xfe", b"\0", row(0, "H100").replace("81559", "²").encode()])
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_answer_that_nobody_knows_is_a_finding_not_a_traceback(capsys, smi, tmp_path, answer, asked) -> None:
+    smi.says_bytes(answer)
+    driver = findings_of(capsys, *(["--profile", gpu_profile(tmp_path)] if asked else []))["driver"]
+    assert not driver["passed"]
+    assert "nvidia-smi answers" in driver["found"]
+
+
+def test_a_driver_that_is_there_and_fails_is_wrong_even_when_nothing_is_asked(capsys, smi) -> None:
+    smi.fails(9, "NVIDIA-SMI has failed because it couldn't communicate")
+    assert not findings_of(capsys)["driver"]["passed"]
+
+
+def test_no_driver_is_right_where_nothing_is_asked_and_wrong_for_a_gpu(
+    capsys, smi, tmp_path, monkeypatch, free_ports
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    smi.cuda_shows()
+    assert findings_of(capsys, *free_ports)["driver"]["passed"]
+    driver = findings_of(capsys, "--profile", gpu_profile(tmp_path))["driver"]
+    assert "no nvidia-smi on PATH" in driver["found"]
+    assert "install NVIDIA's driver" in driver["fix"]
+    smi.cuda_shows("H100", "H100")
+    driver = findings_of(capsys)["driver"]
+    assert driver["found"].endswith("CUDA shows 2 x NVIDIA H100 80GB HBM3")
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in driver["fix"]
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "cuda", "fix"),
+    [
+        (["H100", "H100"], [], "NVIDIA_DRIVER_CAPABILITIES"),
+        (["H100", "H100"], ["H100"], "nvidia-fabricmanager"),
+        (["A100", "H100"], ["H100", "A100"], "CUDA_DEVICE_ORDER=PCI_BUS_ID"),
+    ],
+)
+def test_when_cuda_and_nvidia_smi_disagree_it_is_said(capsys, smi, nvidia_smi, cuda, fix) -> None:
+    smi.machine(*nvidia_smi)
+    assert findings_of(capsys)["CUDA"]["passed"]
+    smi.cuda_shows(*cuda)
+    found = findings_of(capsys)["CUDA"]
+    assert not found["passed"]
+    assert fix in found["fix"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ("81559, [N/A]", "GPU 0 not said of 79.6 GiB"),
+        ("[N/A], 4", "GPU 0 0.0 GiB of not said"),
+        ("[Unknown Error], [Unknown Error]", "GPU 0 not said of not said"),
+        ("81559, 90000", "GPU 0 87.9 GiB of 79.6 GiB"),
+    ],
+)
+def test_a_memory_that_nobody_can_know_is_unknown_and_never_ok(capsys, smi, tmp_path, memory, words) -> None:
+    smi.rows([row(0, "H100").replace("81559, 4", memory), row(1, "H100")])
+    found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
+    for check in ("GPU in use", "GPU memory"):
+        assert not found[check]["passed"]
+        assert found[check]["found"] == f"unknown: {words}"
+        assert "`nvidia-smi --query-gpu=index,memory.total,memory.used --format=csv`" in found[check]["fix"]
+
+
+def test_without_a_gpu_nothing_is_said_of_what_gpus_have(capsys, smi, tmp_path) -> None:
+    smi.machine()
+    for found in (findings_of(capsys), findings_of(capsys, "--profile", gpu_profile(tmp_path))):
+        assert found["GPU"]["found"].startswith("none visible")
+        assert not {"MIG", "GPU in use", "GPU memory", "NVLink", "CUDA"} & found.keys()
+
+
+@pytest.mark.parametrize("connection", ["", "?"])
+def test_how_gpus_are_joined_is_unknown_where_the_table_does_not_say_it(capsys, smi, tmp_path, connection) -> None:
+    smi.rows([row(0, "H100"), row(1, "H100")])
+    told = json.loads(smi.told.read_text())
+    smi.told.write_text(json.dumps({**told, "topology": connection}))
+    nvlink = findings_of(capsys, "--profile", gpu_profile(tmp_path))["NVLink"]
+    assert nvlink["found"] == "unknown between GPU 0 and 1"
+    assert "`nvidia-smi topo -m`: NV# must stand" in nvlink["fix"]
+    assert "`nvidia-smi nvlink --status`" in nvlink["fix"]
+
+
+@pytest.mark.parametrize(
+    "rows", [[row(0, "H100")], [row(0, "L40S"), row(1, "L40S")], [row(n, "H100", mig="Enabled") for n in range(2)]]
+)
+def test_of_gpus_that_cannot_be_used_neither_memory_nor_nvlink_is_said(capsys, smi, tmp_path, rows) -> None:
+    smi.rows(rows, connection="SYS")
+    found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
+    assert not (found["GPU"]["passed"] and found["MIG"]["passed"])
+    assert not {"GPU memory", "NVLink"} & found.keys()
+
+
+def test_a_build_needs_what_nvlm_plan_says_of_memory_and_disk(capsys, smi, tmp_path, monkeypatch) -> None:
+    from nvlm_deploy.planning.known_models import DEFAULT_SPEC, planned_model
+    from nvlm_deploy.planning.plan import make_plan
+
+    steps = make_plan(planned_model(None, DEFAULT_SPEC), load_profile(str(gpu_profile(tmp_path))), 0).steps
+    largest = max(steps, key=lambda step: step.host_bytes)
+    for least, passed in ((0, True), (-1, False)):
+        monkeypatch.setattr(host, "available_memory", lambda least=least: largest.host_bytes + least)
+        monkeypatch.setattr(host, "free_bytes", lambda _, least=least: sum(step.disk_bytes for step in steps) + least)
+        found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
+        assert found["host memory"]["passed"] is found["disk"]["passed"] is passed
+    assert f"({largest.name}, derived)" in found["host memory"]["found"]
+    assert f"`nvlm {largest.name}`" in found["host memory"]["fix"]
+
+
+def test_the_same_fix_is_said_once(capsys, smi, tmp_path) -> None:
+    smi.machine("H100", "H100")
+    exit_code_of("doctor", "--profile", gpu_profile(tmp_path))
+    shown = capsys.readouterr().out
+    assert shown.count("26.07") == 1
+    assert shown.count("    fix: the same as for tritonserver") == 3
+
+
+def test_a_profile_that_cannot_be_is_wrong_input_with_what_can(capsys, smi, tmp_path) -> None:
+    assert exit_code_of("doctor", "--profile", gpu_profile(tmp_path, tensor_parallel=3)) == 2
+    assert "legal" in " ".join(capsys.readouterr().err.split())
+
+
+def test_gpus_that_are_hidden_are_thought_of(capsys, smi, tmp_path, monkeypatch) -> None:
+    smi.machine("H100", "H100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    smi.cuda_shows("H100")
+    assert "`unset CUDA_VISIBLE_DEVICES`" in findings_of(capsys, "--profile", gpu_profile(tmp_path))["GPU"]["fix"]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_findings_are_as_wide_as_the_terminal_and_commands_are_in_one_piece(
+    capsys, smi, tmp_path, monkeypatch, columns
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    smi.rows([row(0, "H100", mig="Enabled", used=60000, driver="535.1"), row(1, "A100")], connection="SYS")
+    assert exit_code_of("doctor", "--profile", gpu_profile(tmp_path)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > columns and " " in line.strip() and "`" not in line]
+    assert any("`nvidia-smi -i 0 -mig 0`" in line for line in lines)
+    verdict = next(number for number, line in enumerate(lines) if "things looked at" in line)
+    starts = [line[:4] for line in lines[:verdict]]
+    assert set(starts) == {"ok  ", "NO  ", "    "}
+    assert starts.count("NO  ") == sum(line.startswith("    fix: ") for line in lines)
 
 
 def test_outside_a_container_the_versions_say_which_containers_have_them(capsys, smi, tmp_path) -> None:
@@ -290,6 +431,29 @@ def test_a_repository_is_asked_about_by_what_it_was_built_with(
     engine = findings_of(capsys, "--repository", bound.repository)["engine of build-vision"]
     assert engine["found"] == "driver: built with 580.95.05, here 590.48.01"
     assert engine["fix"] == "install driver 580.95.05, or build again with this one"
+    smi.fails(9, "NVIDIA-SMI has failed")
+    assert not findings_of(capsys, "--repository", bound.repository)["driver"]["passed"]
+
+
+def test_a_repository_with_another_spec_than_was_built_is_wrong_input(
+    capsys, tmp_path, tiny_spec, tokenizer_file
+) -> None:
+    workspace = Workspace(tmp_path / "work", load_profile("cpu"), tiny_spec, tokenizer_file)
+    workspace.build()
+    (spec,) = workspace.repository.glob("*/*/model_spec.json")
+    spec.write_bytes(spec.read_bytes().replace(b"4", b"\xff", 1))
+    assert exit_code_of("doctor", "--repository", workspace.repository) == 2
+    assert "model_spec.json is not what was built" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("host", ["a..b", "no.such.host.invalid", "::zz"])
+def test_an_address_that_is_none_is_a_finding(capsys, host, free_ports) -> None:
+    assert "cannot be used" in findings_of(capsys, "--host", host, *free_ports)["ports"]["found"]
+
+
+def test_the_same_port_for_two_things_is_a_finding(capsys) -> None:
+    found = findings_of(capsys, "--grpc-port", "18001", "--http-port", "18001")["ports"]
+    assert "need three ports" in found["found"]
 
 
 @pytest.mark.parametrize(

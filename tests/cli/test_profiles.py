@@ -43,7 +43,7 @@ def test_this_system_comes_first_then_the_verdicts_in_order(capsys: pytest.Captu
     places = [text.index(words) for words in order]
     assert places == sorted(places)
     runnable = text[places[1] : places[2]]
-    assert "h200-141gb-latency" in runnable
+    assert "h200-141gb-latency-4gpu" in runnable
     assert "h200-141gb-throughput" in runnable
     assert "b200" not in runnable
 
@@ -55,9 +55,32 @@ def test_an_impossible_profile_says_what_it_needs_and_what_is_there(capsys: pyte
     rows = {row["name"]: row for row in document["profiles"]}
     row = rows["h100-sxm-80gb-throughput on 1"]
     assert row["verdict"] == "impossible"
-    assert row["needed_bytes"] > row["visible_bytes"] == int(79.2 * 2**30)
+    assert row["needed_for_one_sequence_bytes"] > row["visible_bytes"] == int(79.2 * 2**30)
     assert "79.2 visible" in row["reason"]
     assert document["system"]["sku"] == "h200-141gb"
+
+
+@pytest.mark.usefixtures("four_h200")
+def test_text_and_json_say_the_same_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """In use with the whole KV cache where it fits; with one sequence's cache where it does not."""
+    nvlm("profiles", "--json")
+    for row in json.loads(capsys.readouterr().out)["profiles"]:
+        if row["reason"].startswith("needs"):
+            assert row["reason"].startswith(f"needs {row['needed_for_one_sequence_bytes'] / 2**30:.1f} GiB")
+        else:
+            assert row["reason"].startswith(
+                f"{row['used_bytes'] / 2**30:.1f} of {row['visible_bytes'] / 2**30:.1f} GiB"
+            )
+            assert row["needed_for_one_sequence_bytes"] <= row["used_bytes"] <= row["visible_bytes"]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60])
+def test_a_narrower_terminal_gets_no_longer_lines(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert nvlm("profiles") == 0
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= columns
 
 
 def test_the_table_is_80_columns_wide_at_most(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,11 +43,11 @@ def answer_with(arrivals: list[float]) -> Answer:
     return Answer("x", "stop", 1, len(arrivals), sent_s=10.0, ended_s=arrivals[-1] + 0.5, pieces=pieces)
 
 
-def test_pieces_are_joined_and_counts_are_those_of_the_last() -> None:
-    answer = built(response("1", 1), response("9", 2), response("", 2, reason="stop"), empty_final_response())
+def test_pieces_are_joined_and_their_tokens_added_up() -> None:
+    answer = built(response("1", 1), response("9", 1), response("", 0, reason="stop"), empty_final_response())
     assert (answer.text, answer.num_input_tokens, answer.num_output_tokens) == ("19", 24, 2)
     assert answer.finish_reason == "stop"
-    assert [piece.text for piece in answer.pieces] == ["1", "9", ""]
+    assert [(piece.text, piece.output_tokens) for piece in answer.pieces] == [("1", 1), ("9", 2), ("", 2)]
 
 
 def test_the_end_may_come_with_the_last_piece() -> None:

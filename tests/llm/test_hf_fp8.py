@@ -34,6 +34,7 @@ from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
 
 TINY = Path(__file__).resolve().parents[1] / "models" / "nvlm-d-tiny"
 SMALL_SHARDS = 500_000
+ENCODER = ("mlp1.0.bias", "vision_model.encoder.layers.0.attn.qkv.weight")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -317,17 +318,16 @@ def test_nan_in_any_tensor_is_named_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_encoder_in_float16_is_refused_by_name(source: Path, spec: ModelSpec, tmp_path: Path) -> None:
-    add_tensor(source, "mlp1.0.bias", Checkpoint.open(source).tensor("mlp1.0.bias").half())
-    with pytest.raises(NvlmError, match=r"tensor mlp1\.0\.bias is F16"):
-        hf_checkpoint_from(Checkpoint.open(source), spec, tmp_path / "out", calibration=None)
-
-
-def test_an_encoder_in_float32_stays_float32(source: Path, spec: ModelSpec, tmp_path: Path) -> None:
-    exact = Checkpoint.open(source).tensor("mlp1.0.bias").float() + 1e-7
-    add_tensor(source, "mlp1.0.bias", exact)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_encoder_of_another_type_stays_of_it_to_the_bit(
+    source: Path, spec: ModelSpec, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    exact = {name: (Checkpoint.open(source).tensor(name).float() + 1e-7).to(dtype) for name in ENCODER}
+    for name, tensor in exact.items():
+        add_tensor(source, name, tensor)
     written = hf_checkpoint_from(Checkpoint.open(source), spec, tmp_path / "out", calibration=None)
-    assert same_bytes(written.tensor("mlp1.0.bias"), exact)
+    for name, tensor in exact.items():
+        assert same_bytes(written.tensor(name), tensor)
 
 
 @pytest.mark.parametrize("writes", [0, 1, 30, 111, 175])
@@ -441,14 +441,15 @@ def add_tensor(folder: Path, name: str, value: torch.Tensor) -> None:
     """In a shard of its own, in place of one of that name."""
     from safetensors.torch import save_file
 
-    save_file({name: value}, folder / "extra.safetensors")
+    shard = f"{name}.safetensors"
+    save_file({name: value}, folder / shard)
     index = json.loads((folder / INDEX_NAME).read_text())
     former = index["weight_map"].get(name)
     if former:
         rest = load_file(folder / former)
         del rest[name]
         save_file(rest, folder / former)
-    index["weight_map"][name] = "extra.safetensors"
+    index["weight_map"][name] = shard
     (folder / INDEX_NAME).write_text(json.dumps(index))
 
 

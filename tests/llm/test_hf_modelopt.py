@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL
-from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult
+from nvlm_deploy.llm.calibrate import CalibrationResult
 from nvlm_deploy.llm.hf_checkpoint import hf_checkpoint_from
+from nvlm_deploy.llm.observed import FUSED_LINEARS
 from nvlm_deploy.model.decoder import PREFIX
 
 # importing ModelOpt alone takes 10 s; the whole of NVLM-D is needed, not a decoder alone

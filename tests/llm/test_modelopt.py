@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from nvlm_deploy.checkpoint.trtllm import read_checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Parallelism, rank_file
-from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult, calibrate
+from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
+from nvlm_deploy.llm.observed import FUSED_LINEARS
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 from nvlm_deploy.model.reference import decoder_from_trtllm
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL
-from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult
+from nvlm_deploy.llm.calibrate import CalibrationResult
+from nvlm_deploy.llm.observed import FUSED_LINEARS
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 from nvlm_deploy.model.decoder import Decoder, rotary_tables
 from nvlm_deploy.model.reference import decoder_from_trtllm

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from nvlm_deploy.artifacts import digests
-from nvlm_deploy.checkpoint.resumable import JOURNAL_NAME
+from nvlm_deploy.artifacts import JOURNAL_NAME, digests
 from nvlm_deploy.checkpoint.trtllm import CheckpointWriter
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Parallelism
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm import calibrate as calibrating
 from nvlm_deploy.llm import hidden_states
-from nvlm_deploy.llm.calibrate import CalibrationResult, ObservedLayer, calibrate
+from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
 from nvlm_deploy.llm.hidden_states import PROGRESS_NAME, CalibrationState, HiddenStates
+from nvlm_deploy.llm.observed import ObservedLayer
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 
 LAYERS = 4
@@ -116,6 +116,56 @@ def test_a_finished_calibration_keeps_no_hidden_states_and_is_not_computed_again
     opened.clear()
     assert calibrate(random_case.checkpoint, random_case.spec, random_case.samples, work_folder=tmp_path) == first
     assert opened == []
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "gone", "folder gone", "one bit", "amax", "checksum"])
+def test_hidden_states_that_are_not_as_they_were_written_are_computed_again(
+    random_case: Any,
+    three_runs: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opened: list[int],
+    damage: str,
+) -> None:
+    alone = calibrate(random_case.checkpoint, random_case.spec, random_case.samples)
+    with monkeypatch.context() as patched:
+        kill(patched, ObservedLayer, "advance", 7)
+        with pytest.raises(Killed):
+            calibrate(random_case.checkpoint, random_case.spec, random_case.samples, work_folder=tmp_path)
+    damage_state(tmp_path, tmp_path / "layer-002" / "run-00001.safetensors", damage)
+    opened.clear()
+    resumed = calibrate(random_case.checkpoint, random_case.spec, random_case.samples, work_folder=tmp_path)
+    assert resumed == alone
+    assert opened[-LAYERS:] == list(range(LAYERS)), "of former layers nothing is left"
+    assert [path.name for path in tmp_path.iterdir()] == [PROGRESS_NAME]
+
+
+def damage_state(work_folder: Path, spill: Path, damage: str) -> None:
+    content, progress = bytearray(spill.read_bytes()), work_folder / PROGRESS_NAME
+    if damage == "zeros":
+        content[-4000:] = bytes(4000)
+    elif damage == "cut":
+        del content[-4000:]
+    elif damage == "one bit":
+        content[-1] ^= 1
+    spill.write_bytes(content)
+    if damage == "gone":
+        spill.unlink()
+    elif damage == "folder gone":
+        shutil.rmtree(spill.parent)
+    elif damage in ("amax", "checksum"):
+        key = {"amax": '"model.layers.1.mlp.up_proj.weight": ', "checksum": '"0": '}[damage]
+        assert key in progress.read_text()
+        progress.write_text(progress.read_text().replace(key, f"{key}1"))
+
+
+def test_a_disk_that_gives_back_other_hidden_states_is_said_not_retried_for_ever(
+    random_case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "checksum_of", lambda states: 0)
+    with pytest.raises(MachineError, match=r"run-00000\.safetensors is not what was written there") as refusal:
+        calibrate(random_case.checkpoint, random_case.spec, random_case.samples, work_folder=tmp_path)
+    assert "check the disk" in (refusal.value.hint or "")
 
 
 def test_what_a_killed_run_had_half_written_is_removed(
@@ -238,7 +288,7 @@ def test_a_killed_export_goes_on_with_what_it_had_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder", "whole"]
 
 
-@pytest.mark.parametrize("damage", ["bytes", "journal", "cut journal", "file", "split", "scale"])
+@pytest.mark.parametrize("damage", ["bytes", "journal", "cut journal", "odd lines", "binary", "file", "split", "scale"])
 def test_what_a_killed_export_left_is_trusted_only_as_far_as_it_is_right(
     random_case: Any, whole: CalibrationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -256,6 +306,10 @@ def test_what_a_killed_export_left_is_trusted_only_as_far_as_it_is_right(
         journal.write_text(journal.read_text().replace("rank0.safetensors", "rank1.safetensors"))
     elif damage == "cut journal":
         journal.write_text(journal.read_text()[:-3])
+    elif damage == "odd lines":
+        journal.write_text(journal.read_text() + '3\n["rank0.safetensors"]\n["rank9.safetensors", "none", 3]\n')
+    elif damage == "binary":
+        journal.write_bytes(journal.read_bytes() + bytes(range(128, 256)))
     elif damage == "file":
         (left / "rank0.safetensors").unlink()
     calibration = CalibrationResult({**whole.amax, INPUT: 3.0}, 1, 1) if damage == "scale" else whole

@@ -13,7 +13,8 @@ from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.trtllm import read_checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, SINGLE, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.llm.calibrate import CalibrationResult, ObservedLayer, calibrate
+from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
+from nvlm_deploy.llm.observed import ObservedLayer
 from nvlm_deploy.llm.trtllm import TrtllmExport, trtllm_checkpoint_from
 from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import to_e4m3

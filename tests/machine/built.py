@@ -10,7 +10,7 @@ from nvlm_deploy.fingerprint import Fingerprint
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.pipeline import Pipeline, Step
 from nvlm_deploy.profile import Profile
-from nvlm_deploy.triton.ensemble import ServingChoices
+from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.repository import RepositorySources, write_repository
 
 SAMPLES = '{"question": "?", "answer": "!", "images": ["000.jpg"]}\n'

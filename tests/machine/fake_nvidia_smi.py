@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nvlm_deploy.llm import engine_machine
+from nvlm_deploy.llm.engine_machine import Gpu
+
 FIELDS = "index,uuid,name,compute_cap,driver_version,memory.total,memory.used,mig.mode.current"
 DRIVER = "580.95.05"
 NAMES = {
@@ -53,7 +56,7 @@ def topology(count: int, connection: str) -> str:
 
 
 class FakeNvidiaSmi:
-    """First on PATH from the moment it is made."""
+    """First on PATH from the moment it is made; CUDA shows the same GPUs, or those of `cuda_shows`."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.mkdir()
@@ -63,7 +66,24 @@ class FakeNvidiaSmi:
         program.chmod(0o755)
         monkeypatch.setenv("PATH", os.pathsep.join([str(folder), os.environ["PATH"]]))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        self._cuda: list[Gpu] | None = None
+        monkeypatch.setattr(engine_machine, "visible_gpus", self.visible_gpus)
         self.machine("H100")
+
+    def visible_gpus(self) -> tuple[Gpu, ...]:
+        if self._cuda is not None:
+            return tuple(self._cuda)
+        rows = [line.split(", ") for line in json.loads(self.told.read_text())["query"].splitlines()]
+        return tuple(Gpu(row[2], row[3], row[0]) for row in rows if len(row) > 3)
+
+    def cuda_shows(self, *kinds: str) -> None:
+        self._cuda = [Gpu(NAMES[kind][0], NAMES[kind][1], str(index)) for index, kind in enumerate(kinds)]
+
+    def says_bytes(self, answer: bytes) -> None:
+        """To every question, whatever it is."""
+        (self.told.parent / "answer").write_bytes(answer)
+        program = self.told.parent / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\ncat {self.told.parent}/answer\n")
 
     def machine(self, *kinds: str, connection: str = "NV18", driver: str = DRIVER, used: int = 4) -> None:
         self.rows([row(index, kind, driver=driver, used=used) for index, kind in enumerate(kinds)], connection)

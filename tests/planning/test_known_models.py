@@ -67,6 +67,61 @@ def test_an_index_of_another_model_is_refused(tmp_path, tiny_folder, edit, telli
         planned_model(tmp_path)
 
 
+SIZES = [
+    ("llm_config", key)
+    for key in (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+]
+SIZES += [
+    ("vision_config", key)
+    for key in (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    )
+]
+SIZES += [("config.json", key) for key in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch")]
+NONSENSE = [10**9, 10**12, 10**400, -1, 0, True, 2.5, 1e12, "80", None, [80]]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:8])
+@pytest.mark.parametrize(("section", "key"), SIZES, ids=".".join)
+def test_a_size_that_no_model_has_is_refused_by_name(tmp_path, section, key, value):
+    config = json.loads(json.dumps(NVLM_D_72B))
+    (config if section == "config.json" else config[section])[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NvlmError, match=rf"{section}\.{key} is .*(expected a|no such model)") as refusal:
+        planned_model(tmp_path)
+    assert len(refusal.value.message) < 160
+
+
+def test_a_number_that_no_float_holds_is_refused_by_name(tmp_path):
+    config = json.loads(json.dumps(NVLM_D_72B))
+    config["llm_config"]["rope_theta"] = 10**400
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NvlmError, match=r"llm_config\.rope_theta is 1000"):
+        planned_model(tmp_path)
+
+
+def test_an_index_cannot_ask_for_more_heads_than_a_model_has(tmp_path, tiny_folder):
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    index = json.loads((tiny_folder / "model.safetensors.index.json").read_text())
+    index["metadata"]["total_size"] += 10**9 * 2 * 4 * 32 * (4 * 128 + 2)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(NvlmError, match="do not explain the difference"):
+        planned_model(tmp_path)
+
+
 def test_neither_both_and_unknown_are_refused_with_what_there_is(tmp_path):
     with pytest.raises(NvlmError, match="nothing to plan for"):
         planned_model()

@@ -15,12 +15,11 @@ from nvlm_deploy.planning.listing import (
     VERDICTS,
     judged,
     list_profiles,
-    profile_names,
     sku_of_machine,
 )
 from nvlm_deploy.planning.plan import make_plan
 from nvlm_deploy.planning.slo import Slo, choose
-from nvlm_deploy.profile import load_profile
+from nvlm_deploy.profile import load_profile, profile_names
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.sku import load_sku, sku_names
 from nvlm_deploy.steps.order import steps_of_build
@@ -41,13 +40,6 @@ def test_each_gpu_has_a_latency_and_a_throughput_profile_that_fits(released):
                 plan = make_plan(released, load_profile(f"{sku}-{kind}"), 0)
                 assert plan.memory.fits, plan.memory.why_not
                 assert plan.prediction is not None
-
-
-def test_latency_profiles_answer_faster_than_throughput_profiles_of_the_same_gpu(released):
-    for sku in sku_names():
-        if load_sku(sku).compute_capability:
-            fast, wide = (make_plan(released, load_profile(f"{sku}-{kind}"), 0) for kind in ("latency", "throughput"))
-            assert fast.prediction.tpot_s < wide.prediction.tpot_s
 
 
 def test_runnable_profiles_come_first_and_impossible_ones_last_with_the_reason(released):
@@ -75,10 +67,26 @@ def test_a_profile_that_cannot_be_is_listed_with_its_reason(released, profile_wi
     assert "cannot share" in row.reason
 
 
+def test_images_that_no_request_can_have_are_named_with_the_number_that_works(released, profile_with):
+    plan = make_plan(released, profile_with(serving_max_images=1000), 0)
+    assert plan.memory.fits
+    assert plan.warning == "max_images 1,000 cannot be served: max_seq_len 8,192 has room for 30 of 1 tile, 4 of 7"
+    assert plan.warning in judged(released, profile_with(serving_max_images=1000), LAPTOP).reason
+
+
+@pytest.mark.parametrize("images", [30, 31])
+def test_as_many_images_as_a_sequence_holds_are_no_reason_to_warn(released, profile_with, images):
+    """30 pictures of one tile, two tokens: 30 x (256 + 5 + 4) + 2 = 7,952."""
+    plan = make_plan(released, profile_with(serving_max_images=images), 0)
+    assert (plan.warning is None) == (images == 30)
+
+
 def test_gpus_are_told_apart_by_what_the_driver_says():
     assert sku_of_machine(LAPTOP) == "cpu"
     assert sku_of_machine(TWO_H100) == "h100-sxm-80gb"
     assert sku_of_machine(Machine(GIB, (Gpu("NVIDIA GeForce RTX 3060", "8.6", "0"),))) is None
+    assert sku_of_machine(Machine(GIB, (Gpu("NVIDIA A100-SXM4-80GB", "8.0", "0"),))) == "a100-80gb"
+    assert sku_of_machine(Machine(GIB, (Gpu("NVIDIA A100 80GB PCIe", "8.0", "0"),))) is None
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -125,6 +133,11 @@ def test_when_none_meets_it_every_profile_says_why(released):
     assert set(choice.reasons) == set(profile_names())
     assert any("TTFT" in reason and "asked 1" in reason for reason in choice.reasons["b200-latency"])
     assert "needs" in choice.reasons["cpu"][0]
+
+
+def test_a_profile_that_cannot_be_misses_every_objective_for_its_own_reason(released):
+    choice = choose(plans_for(released), Slo(ttft_ms=600), {"mine": "tensor_parallel 3 cannot share 64 heads"})
+    assert choice.reasons["mine"] == ("tensor_parallel 3 cannot share 64 heads",)
 
 
 @pytest.mark.parametrize("bound", [0, -1, float("nan"), float("inf")])

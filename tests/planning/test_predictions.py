@@ -10,10 +10,10 @@ import pytest
 
 from nvlm_deploy.planning.anchors import ANCHORS, TPOT, TTFT, halves
 from nvlm_deploy.planning.plan import make_plan
-from nvlm_deploy.planning.roofline import SplitDecoder, encoder_flops, encoder_s, link_gb_s
+from nvlm_deploy.planning.roofline import EFFICIENCY, SplitDecoder, encoder_flops, encoder_s, has_nvlink, link_gb_s
 from nvlm_deploy.planning.serving import Demand, Workload, predict
 from nvlm_deploy.profile import load_profile
-from nvlm_deploy.report.planning import TESTED_ERROR
+from nvlm_deploy.report.planning_json import TESTED_ERROR
 from nvlm_deploy.sku import load_sku
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,20 @@ def test_half_of_the_rows_is_fitted_and_the_median_error_of_the_other_is_small(b
     assert bench.median_error(fit) < 0.25
     assert bench.median_error(test) < 0.25
     assert f"{bench.median_error(test):.0%}".replace("%", " %") == TESTED_ERROR
+
+
+def test_both_halves_have_rows_of_every_gpu_and_of_every_quantity():
+    fit, test = halves(ANCHORS)
+    for kind in (lambda row: row.setup.sku, lambda row: row.quantity, lambda row: row.setup.source):
+        assert {kind(row) for row in fit} == {kind(row) for row in test} == {kind(row) for row in ANCHORS}
+
+
+def test_tables_of_two_gpus_are_halved_gpu_by_gpu():
+    overview = [row for row in ANCHORS if "perf-overview" in row.setup.source]
+    fit, _ = halves(ANCHORS)
+    for sku in ("h200-141gb", "h100-sxm-80gb"):
+        rows = [row for row in overview if row.setup.sku == sku]
+        assert [row in fit for row in rows] == [True, False] * 4
 
 
 def test_the_shipped_constants_are_a_best_fit_to_the_fitted_half_alone(bench):
@@ -101,6 +115,15 @@ def test_gpus_beyond_a_bridge_talk_over_pcie():
     bridged = load_sku("h100-nvl-94gb")
     assert (link_gb_s(bridged, 2), link_gb_s(bridged, 4)) == (600, 128)
     assert link_gb_s(load_sku("l40s"), 8) == 64
+    assert [has_nvlink(bridged, gpus) for gpus in (2, 4)] == [True, False]
+    assert not has_nvlink(load_sku("l40s"), 2)
+
+
+def test_over_pcie_an_all_reduce_has_the_published_share_of_the_link(released):
+    """28 GB/s of a ring over eight GPUs; what NVLink reaches says nothing of it."""
+    slow = SplitDecoder(released.spec.decoder, load_sku("rtx-pro-6000"), 8)
+    ring = 2 * 7 / 8 * 2000 * 8192 * 2
+    assert slow._all_reduces_s(2000) == pytest.approx(160 * (EFFICIENCY.all_reduce_s + ring / 28e9), rel=0.01)
 
 
 def test_the_stages_add_up_and_others_make_one_wait(released):
@@ -129,7 +152,7 @@ def test_prompts_have_the_tokens_of_the_released_tokenizer(released):
 
 @pytest.mark.parametrize(
     ("workload", "telling"),
-    [(Workload(images=3), "3 images, the profile takes 2"), (Workload(output_tokens=9000), "max_seq_len is 8,192")],
+    [(Workload(images=3), "3 images, max_images is 2"), (Workload(output_tokens=9000), "max_seq_len is 8,192")],
 )
 def test_a_request_that_would_be_refused_gets_no_prediction(released, workload, telling):
     plan = make_plan(released, load_profile("h100-sxm-80gb-throughput"), HOST, workload)

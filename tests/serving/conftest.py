@@ -21,7 +21,7 @@ def decoder_folder(random_checkpoint, tiny_spec, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def repository(tiny_spec, exported_vision, decoder_folder, tokenizer_file, tmp_path_factory) -> Path:
-    from nvlm_deploy.triton.ensemble import ServingChoices
+    from nvlm_deploy.triton.choices import ServingChoices
     from nvlm_deploy.triton.repository import RepositorySources, write_repository
 
     folder = tmp_path_factory.mktemp("repository")
@@ -60,7 +60,7 @@ class Answer:
         self.pieces.append(result.as_numpy("text_output")[0])
         self.finish_reason = result.as_numpy("finish_reason")[0]
         self.input_tokens = int(result.as_numpy("num_input_tokens")[0])
-        self.output_tokens = int(result.as_numpy("num_output_tokens")[0])
+        self.output_tokens += int(result.as_numpy("num_output_tokens")[0])
 
 
 INPUT_TYPES = {
@@ -115,6 +115,12 @@ class Caller:
                     break
                 answer.add(result)
         return answer
+
+
+@pytest.fixture(scope="session")
+def caller_of() -> type[Caller]:
+    """For a server of the test's own."""
+    return Caller
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,7 @@ def tokenizer(tokenizer_file) -> Tokenizer:
 
 def pieces(detokenizer: Detokenizer, tokens: list[int], *, request_id: str = "a") -> list[bytes]:
     last = len(tokens) - 1
-    return [
-        detokenizer.piece(request_id, [token], is_first=index == 0, is_last=index == last)
-        for index, token in enumerate(tokens)
-    ]
+    return [detokenizer.piece(request_id, [token], is_last=index == last) for index, token in enumerate(tokens)]
 
 
 TEXTS = ["plain text", "größer", "日本語 text", "🙂🙃", "a\n\n b", "<tile_1>", "e\u0301"]
@@ -57,33 +54,25 @@ def test_special_tokens_have_no_text(token_bytes, tokenizer) -> None:
 def test_two_requests_do_not_mix_their_bytes(token_bytes, tokenizer) -> None:
     detokenizer = Detokenizer(token_bytes)
     one, two = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("🙂", "日"))
-    assert detokenizer.piece("one", one[:-1], is_first=True, is_last=False) == b""
-    assert detokenizer.piece("two", two, is_first=True, is_last=False).decode() == "日"
-    assert detokenizer.piece("one", one[-1:], is_first=False, is_last=False).decode() == "🙂"
+    assert detokenizer.piece("one", one[:-1], is_last=False) == b""
+    assert detokenizer.piece("two", two, is_last=False).decode() == "日"
+    assert detokenizer.piece("one", one[-1:], is_last=False).decode() == "🙂"
 
 
 def test_a_finished_request_leaves_nothing_and_a_cut_one_is_flushed(token_bytes, tokenizer) -> None:
     detokenizer = Detokenizer(token_bytes)
     ids = tokenizer.encode("🙂", add_special_tokens=False).ids
-    detokenizer.piece("a", ids[:1], is_first=True, is_last=False)
+    detokenizer.piece("a", ids[:1], is_last=False)
     assert len(detokenizer) == 1
-    assert detokenizer.piece("a", [], is_first=False, is_last=True).decode() == "\ufffd"
+    assert detokenizer.piece("a", [], is_last=True).decode() == "\ufffd"
     assert len(detokenizer) == 0
-
-
-def test_a_reused_id_starts_afresh(token_bytes, tokenizer) -> None:
-    detokenizer = Detokenizer(token_bytes)
-    ids = tokenizer.encode("🙂", add_special_tokens=False).ids
-    detokenizer.piece("a", ids[:1], is_first=True, is_last=False)
-    (token,) = tokenizer.encode("x", add_special_tokens=False).ids
-    assert detokenizer.piece("a", [token], is_first=True, is_last=False) == b"x"
 
 
 def test_abandoned_requests_are_bounded(token_bytes, tokenizer) -> None:
     detokenizer = Detokenizer(token_bytes, max_requests=10)
     first = tokenizer.encode("🙂", add_special_tokens=False).ids[:1]
     for number in range(100):
-        detokenizer.piece(str(number), first, is_first=True, is_last=False)
+        detokenizer.piece(str(number), first, is_last=False)
     assert len(detokenizer) == 10
 
 

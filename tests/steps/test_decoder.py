@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nvlm_deploy.artifacts import read_manifest
 from nvlm_deploy.checkpoint.trtllm import read_checkpoint
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.calibrate import CalibrationResult
-from nvlm_deploy.pipeline import State
+from nvlm_deploy.pipeline import State, digest_of_input
 from nvlm_deploy.profile import CalibrationChoice, Profile, load_profile
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.steps.decoder import RESULT_NAME, engine_commands, quantize_llm
@@ -54,13 +55,55 @@ def test_one_calibration_serves_every_split_and_recipe_and_profile(calibrated: R
 
 
 @pytest.mark.slow
+def test_a_profile_of_another_split_takes_the_calibration_without_an_export_of_its_own(
+    calibrated: Recipe, tmp_path: Path
+) -> None:
+    def split(workspace: Path, checkpoint: Path = calibrated.checkpoint_folder, **vision: object) -> Recipe:
+        other = profile("split", tensor_parallel=2)
+        encoder = other.vision.model_copy(update=vision)
+        return Recipe(checkpoint, other.model_copy(update={"vision": encoder}), workspace, CALIBRATION)
+
+    shutil.copytree(calibrated.workspace / "engines" / "calibrations", tmp_path / "engines" / "calibrations")
+    recipe = split(tmp_path)
+    assert run(recipe, "quantize-llm", "export-hf") == {"quantize-llm": State.BUILT, "export-hf": State.BUILT}
+    assert not recipe.vision_folder.exists()
+    with pytest.raises(NvlmError, match=r"no .*calibrations"):
+        run(split(tmp_path, precision="bf16"), "quantize-llm")
+    assert run(recipe, "calibrate-llm") == {"calibrate-llm": State.UP_TO_DATE}
+    with pytest.raises(NvlmError, match=r"no .*split.vision"):
+        run(split(tmp_path / "elsewhere"), "calibrate-llm")
+    other = tmp_path / "other checkpoint"
+    shutil.copytree(calibrated.checkpoint_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    with pytest.raises(NvlmError, match=r"input tokenizer\.json differs"):
+        run(split(tmp_path, other), "quantize-llm")
+
+
+@pytest.mark.slow
+def test_the_manifest_states_how_many_samples_there_were_not_how_many_were_asked_for(
+    calibrated: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"question": "What?", "answer": "That"}\n')
+    recipe = Recipe(calibrated.checkpoint_folder, profile(samples=3), tmp_path / "work", tmp_path)
+    shutil.copytree(calibrated.vision_folder, recipe.vision_folder)
+    run(recipe, "calibrate-llm", "quantize-llm")
+    manifest = json.loads((recipe.calibration_result_folder / "manifest.json").read_text())
+    assert (manifest["settings"]["samples"], manifest["notes"]["samples"]) == (1, 1)
+    assert read_manifest(recipe.decoder_folder).notes["calibration"]["samples"] == 1
+
+
+@pytest.mark.slow
 def test_the_manifest_names_the_list_the_pictures_and_the_encoder_and_nothing_unfinished_is_left(
     calibrated: Recipe,
 ) -> None:
     folder = calibrated.calibration_result_folder
     assert sorted(path.name for path in folder.iterdir()) == [RESULT_NAME, "manifest.json"]
-    inputs = json.loads((folder / "manifest.json").read_text())["inputs"]
-    assert {"vision", "config.json", "tokenizer.json", "calibration samples.jsonl"} < inputs.keys()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    inputs = manifest["inputs"]
+    assert manifest["settings"]["encoder"] == read_manifest(calibrated.vision_folder).key
+    assert manifest["notes"]["vision"] == digest_of_input(calibrated.vision_folder)
+    assert {"config.json", "tokenizer.json", "calibration samples.jsonl"} < inputs.keys()
     assert any(name.endswith(".jpg") for name in inputs)
     assert CalibrationResult.load(folder / RESULT_NAME).samples == 4
 
@@ -115,7 +158,7 @@ def test_an_encoder_whose_engine_needs_a_gpu_calibrates_the_decoder_without_one(
         ),
         (
             {"runtime": "tensorrt_llm", "sku": "h100-sxm-80gb"},
-            ["export-vision", "build-vision", "calibrate-llm", "quantize-llm", "build-llm"],
+            ["export-vision", "build-vision", "calibrate-llm", "quantize-llm", "build-llm", "assemble"],
         ),
     ],
     ids=["fp8", "bf16", "per channel", "per channel, fp8 cache", "data-free", "engines"],

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nvlm_deploy.errors import MachineError
+from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.triton.installation import (
     find_installation,
     libpython_folder,
@@ -38,6 +38,21 @@ def test_the_backend_folder_has_the_stub_and_this_package(tmp_path) -> None:
     assert os.access(tmp_path / "python" / "triton_python_backend_stub", os.X_OK)
     assert (tmp_path / "python" / "libtriton_python.so").is_file()
     assert (tmp_path / "python" / "nvlm_deploy" / "serving" / "preprocessing.py").is_file()
+
+
+def test_of_two_clones_on_the_path_the_server_gets_what_python_imports(tmp_path, monkeypatch) -> None:
+    """PYTHONPATH names one, the other is installed: the stub must run the same code as this process."""
+    import nvlm_deploy
+
+    for clone, rooms in (("first", ("serving", "only_first")), ("second", ("serving", "only_second"))):
+        for room in rooms:
+            (tmp_path / clone / "nvlm_deploy" / room).mkdir(parents=True)
+    roots = [str(tmp_path / clone / "nvlm_deploy") for clone in ("first", "second")]
+    monkeypatch.setattr(nvlm_deploy, "__path__", roots)
+    prepare_backend(find_installation(), tmp_path / "backends")
+    package = tmp_path / "backends" / "python" / "nvlm_deploy"
+    assert {link.name for link in package.iterdir()} == {"serving", "only_first", "only_second"}
+    assert (package / "serving").resolve() == tmp_path / "first" / "nvlm_deploy" / "serving"
 
 
 def test_the_stub_finds_all_its_libraries(tmp_path) -> None:
@@ -76,6 +91,25 @@ def test_a_port_in_use_is_named_with_a_mend() -> None:
             Ports(Ports.free().grpc, port, Ports.free().metrics).require_free()
     assert failure.value.exit_code == 3
     assert "choose another port" in str(failure.value)
+
+
+@pytest.mark.parametrize("same", [Ports(1, 1, 2), Ports(1, 2, 1), Ports(1, 2, 2)])
+def test_two_of_three_ports_may_not_be_the_same(same) -> None:
+    with pytest.raises(NvlmError, match="need three ports") as failure:
+        same.require_free()
+    assert failure.value.exit_code == 2
+    assert "--http-port" in (failure.value.hint or "")
+
+
+def test_an_empty_address_is_wrong_input() -> None:
+    with pytest.raises(NvlmError, match="no address to listen on"):
+        Ports(1, 2, 3, host="").require_free()
+
+
+@pytest.mark.parametrize("host", ["a..b", "no.such.host.invalid", "300.1.1.1"])
+def test_an_address_that_is_none_cannot_be_used(host) -> None:
+    with pytest.raises(MachineError, match="cannot be used"):
+        Ports(*(Ports.free().grpc, Ports.free().http, Ports.free().metrics), host=host).require_free()
 
 
 def test_a_killed_group_is_gone_when_the_call_returns() -> None:

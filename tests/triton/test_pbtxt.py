@@ -15,18 +15,23 @@ from nvlm_deploy.triton.pbtxt import (
     TensorConfig,
     config_from_text,
     config_text,
+    text_parameters,
 )
 
 CONFIG = ModelConfig(
     name="decoder",
     backend="python",
     max_batch_size=8,
-    inputs=(TensorConfig("ids", "TYPE_INT32", (-1,), optional=True, ragged=True),),
+    inputs=(
+        TensorConfig("ids", "TYPE_INT32", (-1,), optional=True, ragged=True),
+        TensorConfig("length", "TYPE_INT32", (1,), reshape=()),
+    ),
     outputs=(TensorConfig("table", "TYPE_BF16", (1, -1, 256)),),
     parameters=(("limit", "512"), ("wrapper", "chat")),
     instances=2,
     decoupled=True,
-    batching=DynamicBatching(max_queue_delay_us=100, max_queue_size=64),
+    batching=DynamicBatching(max_queue_delay_us=100, max_queue_size=64, preferred=(4, 8)),
+    left_empty=("guide",),
 )
 ENSEMBLE = ModelConfig(
     name="all",
@@ -49,6 +54,8 @@ def test_the_text_is_tritons_own_format() -> None:
     assert "data_type: TYPE_BF16" in text
     assert "decoupled: true" in text
     assert "allow_ragged_batch: true" in text
+    assert "reshape {" in text, "an empty shape is there, not left out"
+    assert 'key: "guide"' in text
 
 
 def test_an_ensemble_has_a_platform_and_no_instances() -> None:
@@ -77,3 +84,7 @@ def test_a_damaged_file_is_named() -> None:
 def test_a_spec_becomes_a_tensor_with_named_axes_free() -> None:
     spec = TensorSpec("tiles", "uint8", ("tiles", "height", "width", 3), optional=True).with_axes(height=56, width=56)
     assert TensorConfig.from_spec(spec) == TensorConfig("tiles", "TYPE_UINT8", (-1, 56, 56, 3), optional=True)
+
+
+def test_parameters_are_sorted_and_switches_in_small_letters() -> None:
+    assert text_parameters({"b": True, "a": 3, "c": "x"}) == (("a", "3"), ("b", "true"), ("c", "x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.serving.settings import ServingSettings, spec_as_json, spec_from_json
-from nvlm_deploy.triton.ensemble import PYTHON_MODELS, ServingChoices
+from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.repository import RepositorySources, read_repository, write_repository
+
+PYTHON_MODELS = ("preprocessing", "vision_encoder", "tensorrt_llm", "postprocessing")
 
 
 @pytest.fixture
@@ -114,6 +117,25 @@ def settings(**parameters: str) -> ServingSettings:
     config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
     arguments = {"model_name": "m", "model_repository": "/r/m", "model_version": "1"}
     return ServingSettings({**arguments, "model_config": json.dumps(config)})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("decoder", "layers", 10**9),
+        ("decoder", "heads", 10**6),
+        ("decoder", "kv_heads", 0),
+        ("vision", "patch_size", -1),
+        ("tiling", "tile_size", "448"),
+        ("decoder", "norm_epsilon", float("nan")),
+        ("prompt", "surprise", 1),
+    ],
+)
+def test_a_spec_that_no_model_has_is_damaged(tiny_spec, section, name, value) -> None:
+    document = json.loads(spec_as_json(tiny_spec))
+    document[section][name] = value
+    with pytest.raises(NvlmError, match=r"model_spec\.json is damaged"):
+        spec_from_json(json.dumps(document))
 
 
 def test_a_model_finds_its_files_in_its_version_folder() -> None:

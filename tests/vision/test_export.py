@@ -18,7 +18,7 @@ from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
 from nvlm_deploy.vision.engine import OnnxRuntimeEngine
-from nvlm_deploy.vision.export import DATA_NAME, ONNX_NAME, VisionExport, onnx_from_checkpoint
+from nvlm_deploy.vision.export import DATA_NAME, ONNX_NAME, VisionExport, onnx_from_checkpoint, vision_export
 from nvlm_deploy.vision.numerics.compare import cosines, noise_tiles
 from nvlm_deploy.vision.stages import stages
 from nvlm_deploy.vision.trace import require_borders, traced_stage
@@ -187,9 +187,33 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(make_checkp
         weights["mlp1.3.weight"][5, 5] = float("nan")
 
     checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=spoil)
-    with pytest.raises(NvlmError, match=r"tensor mlp1\.3\.weight holds at least 1 value\(s\) that are NaN or infinite"):
+    with pytest.raises(NvlmError, match=r"tensor mlp1\.3\.weight holds NaN or infinity"):
         onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "vision")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_export")
+@pytest.mark.parametrize("name", [QKV, "mlp1.1.weight", "vision_model.embeddings.position_embedding"])
+def test_a_weight_of_zeros_is_named_and_nothing_is_written(make_checkpoint, tmp_path, name):
+    checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=lambda weights: weights[name].zero_())
+    with pytest.raises(NvlmError, match=f"tensor {name} is all zeros") as refusal:
+        onnx_from_checkpoint(checkpoint, spec_from_checkpoint(checkpoint), tmp_path / "vision")
+    assert "fetch its shard again" in refusal.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_export")
+def test_biases_layer_scales_and_dummy_heads_may_be_zero(make_checkpoint, tmp_path):
+    def quiet(weights) -> None:
+        for name in weights:
+            if name.startswith(("vision_model.", "mlp1.")) and name.endswith(("bias", "ls1", "ls2", "class_embedding")):
+                weights[name].zero_()
+
+    checkpoint = make_checkpoint(vision_layers=1, decoder_layers=1, edit=quiet)
+    export = vision_export(checkpoint, spec_from_checkpoint(checkpoint), precision="bf16")
+    assert export.vision.padded_heads == 4
+    for weight in export.weights():
+        assert sum(map(len, weight.chunks())) == weight.shape[0]
 
 
 @pytest.mark.usefixtures("no_export")

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from nvlm_deploy import digest
+from nvlm_deploy.artifacts import JOURNAL_NAME, sha256_of
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.vision.external_data import PAGE_BYTES, Weight, slots_of, stream_weights, weight_of_tensor
 
@@ -52,7 +54,7 @@ def test_the_file_holds_every_tensors_bytes_at_its_place(tmp_path, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in TENSORS.items()}
     slots = stream_weights(tmp_path / "data", weights(tensors), identity="x")
     assert all(content_of(tmp_path / "data", slots[name]) == bytes_of(tensor) for name, tensor in tensors.items())
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [JOURNAL_NAME, "data"], "the journal stays for a kill"
 
 
 def test_chunks_are_written_one_behind_the_other(tmp_path):
@@ -97,14 +99,14 @@ def test_a_killed_run_is_gone_on_with_and_its_finished_weights_are_not_read_agai
 
 @pytest.mark.parametrize("damage", ["bytes", "journal", "cut journal", "identity"])
 def test_what_a_killed_run_left_is_trusted_only_as_far_as_it_is_right(tmp_path, damage):
-    path, journal = tmp_path / "data", tmp_path / "data.journal"
+    path, journal = tmp_path / "data", tmp_path / JOURNAL_NAME
     with pytest.raises(Killed):
         stream_weights(path, killing(TENSORS, "b"), identity="x")
     if damage == "bytes":
         with path.open("r+b") as file:
             file.write(b"\xff")
     elif damage == "journal":
-        journal.write_text(json.dumps(["identity", "x"]) + "\n" + json.dumps(["a", 7]) + "\n")
+        journal.write_text(json.dumps(["identity", "x"]) + "\n" + json.dumps(["data", "a", 7]) + "\n")
     elif damage == "cut journal":
         journal.write_text(journal.read_text()[:-3])
     order = [*(name for name in TENSORS if name != "b"), "b"]
@@ -112,6 +114,24 @@ def test_what_a_killed_run_left_is_trusted_only_as_far_as_it_is_right(tmp_path, 
         path, weights({name: TENSORS[name] for name in order}), identity="y" if damage == "identity" else "x"
     )
     assert all(content_of(path, slots[name]) == bytes_of(tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "after a kill"])
+def test_the_pass_that_reads_back_gives_the_digest_of_the_whole_file(tmp_path, monkeypatch, killed):
+    path = tmp_path / "data"
+    if killed:
+        with pytest.raises(Killed):
+            stream_weights(path, killing(TENSORS, "b"), identity="x")
+    stream_weights(path, weights(), identity="x")
+    expected = sha256_of(path)
+    monkeypatch.setattr(digest, "sha256_of", None)
+    assert digest.KNOWN_DIGESTS.of([path]) == {path: expected}
+
+
+def test_after_a_kill_behind_the_last_byte_nothing_is_written_again(tmp_path, monkeypatch):
+    stream_weights(tmp_path / "data", weights(), identity="x")
+    monkeypatch.setattr("nvlm_deploy.vision.external_data._write", None)
+    stream_weights(tmp_path / "data", weights(), identity="x")
 
 
 def test_progress_counts_bytes_written_and_read_back_up_to_the_whole(tmp_path):

@@ -13,7 +13,7 @@ from itertools import chain
 from math import prod
 from typing import Any
 
-from nvlm_deploy.checkpoint.stream import Tensors
+from nvlm_deploy.checkpoint.stream import DTYPES, Tensors
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.inventory import PARTS, Shape, expected_tensors
@@ -32,7 +32,6 @@ _EXCLUDED = sorted(
     + [f"{prefix.removesuffix('.')}*" for prefix in PARTS.values() if prefix != _DECODER]
 )
 _E4M3 = {"dynamic": False, "num_bits": 8, "type": "float"}
-_SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class HfTensor:
 
     @property
     def size_bytes(self) -> int:
-        return _SIZES[self.dtype] * prod(self.shape)
+        return DTYPES[self.dtype][1] * prod(self.shape)
 
 
 @dataclass(frozen=True)

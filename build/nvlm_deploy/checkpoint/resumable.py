@@ -1,34 +1,34 @@
 """Safetensors files written a few rows at a time, in any order and by several threads, and resumable.
 
 A journal beside them names every tensor that is written whole, with the checksum of its bytes. After a kill the tensors
-that the files really hold are kept and the others written again.
+that the files really hold are kept and the others written again. The pass that reads a file back gives its SHA-256 too.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import threading
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from nvlm_deploy.checkpoint.journal import Journal, Key
+from nvlm_deploy.checkpoint.read_back import CHECK_DISK, WrittenAndReadBack, checksum, read_back, settle
 from nvlm_deploy.checkpoint.stream import Place, Tensors, header_of, places_of, require_dtype
+from nvlm_deploy.digest import KNOWN_DIGESTS
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
-JOURNAL_NAME = "journal"
 # what `artifacts.replace_file` had not renamed when a run was killed
 _HALF_WRITTEN = ".partial-*"
-_READ_BYTES = 1 << 24
 _SETTLE_BYTES = 1 << 26
 # what stat counts in, on every file system
 _BLOCK_BYTES = 512
@@ -37,8 +37,6 @@ _MOST_THREADS = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# (file, tensor)
-Key = tuple[str, str]
 
 
 @contextmanager
@@ -51,18 +49,20 @@ def tensor_files(
     when there is too little of it and when a file holds other bytes than were written.
     """
     _remove_half_written(folder)
-    journal = _Journal(folder / JOURNAL_NAME, identity)
+    journal = Journal(folder, identity)
     _require_space(folder, headers)
     with ExitStack() as opened:
         files = {
             name: opened.enter_context(_opened(folder / name, tensors, fresh=not journal.finished))
             for name, tensors in headers.items()
         }
-        written = TensorFiles(files, journal, _Report(on_progress, files.values()))
+        total = sum(place.size_bytes for file in files.values() for place in file.places.values())
+        written = TensorFiles(files, journal, WrittenAndReadBack("decoder weights", total, on_progress))
         written.keep_intact()
         yield written
-        written.verify()
-    journal.path.unlink()
+        sums = written.verify()
+    for name, sha256 in sums.items():
+        KNOWN_DIGESTS.remember(folder / name, sha256)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class TensorFiles:
     """Open files with their headers written; every tensor of the headers is to be written."""
 
     files: Mapping[str, _File]
-    journal: _Journal
-    report: _Report
+    journal: Journal
+    report: WrittenAndReadBack
     written: set[Key] = field(default_factory=set)
 
     def is_finished(self, file: str, name: str) -> bool:
@@ -92,31 +92,30 @@ class TensorFiles:
 
     def keep_intact(self) -> None:
         """Of what the journal names, only what the files hold."""
-        found = dict(self.journal.finished)
-        for key, intact in zip(found, in_threads(self._is_intact, found), strict=True):
-            if not intact:
-                del self.journal.finished[key]
-
-    def verify(self) -> None:
-        """What this run wrote, read back from the disk rather than from the page cache."""
-        missing = {(file, name) for file in self.files for name in self.files[file].places} - {*self.journal.finished}
-        if missing:
-            raise ValueError(f"{len(missing)} tensors never written, as {min(missing)}")
-        for file in self.files.values():
-            file.settle()
-        in_threads(self._require_intact, sorted(self.written))
+        places = {(file, name) for file in self.files for name in self.files[file].places}
+        keys = [key for key in self.journal.finished if key in places]
+        self.journal.keep(dict(zip(keys, in_threads(self._is_intact, keys), strict=True)))
+        self.report.add(sum(self.files[file].places[name].size_bytes for file, name in self.journal.finished))
 
     def _is_intact(self, key: Key) -> bool:
         file, name = self.files[key[0]], key[1]
-        intact = file.checksum(file.places[name]) == self.journal.finished[key]
-        if intact:
-            self.report.add(file.places[name].size_bytes)
-        return intact
+        return checksum(file.descriptor, file.parts[name]) == self.journal.finished[key]
 
-    def _require_intact(self, key: Key) -> None:
-        if not self._is_intact(key):
-            path = self.files[key[0]].path
-            raise MachineError(f"{key[1]} read back from {path} differs from what was written", hint="check the disk")
+    def verify(self) -> dict[str, str]:
+        """SHA-256 of each file, read back from the disk rather than from the page cache."""
+        missing = {(file, name) for file in self.files for name in self.files[file].places} - {*self.journal.finished}
+        if missing:
+            raise ValueError(f"{len(missing)} tensors never written, as {min(missing)}")
+        names = sorted(self.files, key=lambda name: -self.files[name].size_bytes)
+        return dict(zip(names, in_threads(self._verified, names), strict=True))
+
+    def _verified(self, name: str) -> str:
+        file = self.files[name]
+        settle(file.descriptor)
+        found = read_back(file.descriptor, file.parts, self.report.add)
+        for tensor in found.differing(self.journal.of_file(name)):
+            raise MachineError(f"{tensor} read back from {file.path} differs from what was written", hint=CHECK_DISK)
+        return found.sha256
 
 
 @dataclass
@@ -125,7 +124,7 @@ class OpenTensor:
 
     name: str
     file: _File
-    report: _Report
+    report: WrittenAndReadBack
     filled: int = 0
     checksum: int = 0
 
@@ -187,25 +186,18 @@ class _File:
             rest, begin = rest[count:], begin + count
         self.unsettled_bytes += len(data)
         if self.unsettled_bytes >= _SETTLE_BYTES:
-            self.settle()
+            self.unsettled_bytes = 0
+            settle(self.descriptor)
 
-    def checksum(self, place: Place) -> int:
-        buffer = memoryview(bytearray(min(_READ_BYTES, place.size_bytes)))
-        checksum = done = 0
-        while done < place.size_bytes:
-            part = buffer[: place.size_bytes - done]
-            count = os.preadv(self.descriptor, [part], self.data_start + place.begin + done)
-            if not count:
-                break
-            os.posix_fadvise(self.descriptor, self.data_start + place.begin + done, count, os.POSIX_FADV_DONTNEED)
-            checksum, done = zlib.crc32(part[:count], checksum), done + count
-        return checksum
+    @property
+    def size_bytes(self) -> int:
+        return os.fstat(self.descriptor).st_size
 
-    def settle(self) -> None:
-        """To the disk, and out of the page cache: reading back should read the disk."""
-        self.unsettled_bytes = 0
-        os.fsync(self.descriptor)
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    @cached_property
+    def parts(self) -> dict[str, range]:
+        """Where each tensor lies."""
+        begins = {name: self.data_start + place.begin for name, place in self.places.items()}
+        return {name: range(begin, begin + self.places[name].size_bytes) for name, begin in begins.items()}
 
 
 @contextmanager
@@ -245,43 +237,3 @@ def _allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, before)
         raise
     os.ftruncate(descriptor, size)
-
-
-class _Journal:
-    """Finished tensors and their checksums, a JSON line each; a line cut off by a kill does not count."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self._lock = path, threading.Lock()
-        first, *entries = _entries(path) or [[]]
-        ours = first == ["identity", identity]
-        self.finished: dict[Key, int] = {(file, name): checksum for file, name, checksum in entries} if ours else {}
-        if not ours:
-            path.write_text(json.dumps(["identity", identity]) + "\n", encoding="utf-8")
-
-    def add(self, key: Key, checksum: int) -> None:
-        with self._lock:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([*key, checksum]) + "\n")
-            self.finished[key] = checksum
-
-
-def _entries(path: Path) -> list[list[Any]]:
-    entries: list[list[Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        # a run that went on after a kill or a full disk wrote behind the line that was cut off
-        with suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries
-
-
-class _Report:
-    """Bytes written and bytes read back, as one work of twice the size."""
-
-    def __init__(self, on_progress: Progress, files: Iterable[_File]) -> None:
-        self.on_progress, self.done, self._lock = on_progress, 0, threading.Lock()
-        self.total = 2 * sum(place.size_bytes for file in files for place in file.places.values())
-
-    def add(self, size_bytes: int) -> None:
-        with self._lock:
-            self.done += size_bytes
-            self.on_progress("decoder weights", self.done, self.total)

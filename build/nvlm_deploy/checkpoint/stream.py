@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 # safetensors' name -> torch's, and bytes of an element
-_DTYPES = {"F32": ("torch.float32", 4), "BF16": ("torch.bfloat16", 2), "F8_E4M3": ("torch.float8_e4m3fn", 1)}
+DTYPES = {
+    "F32": ("torch.float32", 4),
+    "BF16": ("torch.bfloat16", 2),
+    "F16": ("torch.float16", 2),
+    "F8_E4M3": ("torch.float8_e4m3fn", 1),
+}
 _READ_BACK_BYTES = 1 << 24
 
 # name -> (dtype, shape)
@@ -35,7 +40,7 @@ class Place:
 
     @property
     def size_bytes(self) -> int:
-        return _DTYPES[self.dtype][1] * prod(self.shape)
+        return DTYPES[self.dtype][1] * prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,12 @@ class TensorStream:
 
 
 def require_dtype(name: str, place: Place, tensor: torch.Tensor) -> None:
-    if str(tensor.dtype) != _DTYPES[place.dtype][0]:
+    if str(tensor.dtype) != DTYPES[place.dtype][0]:
         raise _misfit(name, place, tensor)
 
 
 def _misfit(name: str, place: Place, tensor: torch.Tensor) -> ValueError:
-    expected = f"{_DTYPES[place.dtype][0]} {list(place.shape)}"
+    expected = f"{DTYPES[place.dtype][0]} {list(place.shape)}"
     return ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is for {expected}")
 
 
@@ -112,7 +117,7 @@ def places_of(tensors: Tensors) -> dict[str, Place]:
     """In safetensors' own order: wider types first, so that every tensor is aligned."""
     places: dict[str, Place] = {}
     begin = 0
-    for name in sorted(tensors, key=lambda name: (-_DTYPES[tensors[name][0]][1], name)):
+    for name in sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]][1], name)):
         places[name] = Place(*tensors[name], begin)
         begin += places[name].size_bytes
     return places

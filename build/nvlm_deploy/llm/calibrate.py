@@ -6,20 +6,19 @@ calibration does, so an amax is never that of an already quantised input.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
 
-from nvlm_deploy.artifacts import sha256_of_json, write_text
-from nvlm_deploy.checkpoint.reader import Checkpoint, read_json
-from nvlm_deploy.checkpoint.resumable import in_threads
+from nvlm_deploy.artifacts import sha256_of_json
+from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.soundness import magnitude
+from nvlm_deploy.checkpoint.unfinished import DamagedStatesError, read_sealed_json, write_sealed_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.hidden_states import (
     CalibrationState,
@@ -29,22 +28,11 @@ from nvlm_deploy.llm.hidden_states import (
     runs_of,
     samples_digest_of,
 )
-from nvlm_deploy.llm.threads import one_torch_thread_each
-from nvlm_deploy.model.decoder import PREFIX, DecoderLayer, rotary_tables
+from nvlm_deploy.llm.observed import ObservedLayer, compute_device
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec
-from nvlm_deploy.model.vision import require_shapes
 from nvlm_deploy.progress import Progress, silent
 
 log = logging.getLogger(__name__)
-
-# linears that see the same input; TensorRT-LLM fuses each group, so a group has one pair of scales (contract A.6)
-FUSED_LINEARS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-
 
 # hidden states beyond this go to the disk; a work folder takes all of them
 HIDDEN_STATES_BYTES = 1 << 30
@@ -65,17 +53,23 @@ class CalibrationResult:
 
     def save(self, path: Path) -> None:
         """As JSON; a float32 survives the decimal notation bit for bit."""
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_sealed_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> CalibrationResult:
-        """Raises NvlmError for a file that `save` did not write."""
-        document = read_json(path)
+        """Raises NvlmError for a file that `save` did not write, or with another byte."""
         try:
-            amax = {str(name): float(value) for name, value in document["amax"].items()}
-            return cls(amax, int(document["samples"]), int(document["tokens"]), str(document["samples_digest"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
-            raise NvlmError(f"{path} is not a calibration: {problem}", hint="calibrate again") from problem
+            return cls(**read_sealed_json(path) or {})
+        except TypeError:
+            raise NvlmError(f"{path} is not a calibration, or is damaged", hint="calibrate again") from None
+
+    @classmethod
+    def saved(cls, path: Path) -> CalibrationResult | None:
+        """As `load`; None where that would raise: a killed run had not got so far."""
+        try:
+            return cls.load(path)
+        except NvlmError:
+            return None
 
 
 def calibrate(
@@ -96,9 +90,9 @@ def calibrate(
 
     Hidden states are in memory up to HIDDEN_STATES_BYTES, the others in a temporary folder. With a `work_folder` they
     are there after every layer, and a run that was killed goes on with the same result; a state of other weights or
-    samples, or computed on another kind of device, is not used. `samples_digest`, when the caller can name the samples
-    without making them, spares that run from asking for them and every run from holding them all; else it is their
-    SHA-256.
+    samples, computed on another kind of device, or with other bytes than were written, is not used. `samples_digest`,
+    when the caller can name the samples without making them, spares that run from asking for them and every run from
+    holding them all; else it is their SHA-256.
 
     Raises NvlmError for weights, samples or activations that are not finite and for weights or inputs that are all
     zero, naming them.
@@ -108,20 +102,10 @@ def calibrate(
         samples = list(samples)
         samples_digest = samples_digest_of(samples)
     with _state(work_folder, _digest(checkpoint, decoder, [samples_digest, str(dtype)])) as state:
-        finished = state.finished()
+        layers = _Layers(checkpoint, decoder, dtype, state, on_progress)
+        finished = _resumed(layers)
         if finished is None:
-            finished, hidden = _begun(state, (sample.to(dtype) for sample in _checked(samples, decoder)))
-        else:
-            hidden = state.hidden_states(finished.layers)
-        for index in range(finished.layers, decoder.layers):
-            report = _Report(on_progress, index, decoder.layers, finished.tokens, decoder.hidden_size * dtype.itemsize)
-            after = state.hidden_states(index + 1)
-            amax = _through_layer(
-                ObservedLayer(checkpoint, decoder, index, dtype), finished.runs, hidden, after, report
-            )
-            finished, hidden = Finished(index + 1, finished.runs, {**finished.amax, **amax}), after
-            state.record(finished)
-            log.info("calibrated layer %d of %d", index + 1, decoder.layers)
+            finished = layers.through(*_begun(state, (sample.to(dtype) for sample in _checked(samples, decoder))))
     count = sum(len(run.lengths) for run in finished.runs)
     return CalibrationResult(finished.amax, count, finished.tokens, samples_digest)
 
@@ -137,103 +121,47 @@ def calibration_dtype(spec: DecoderSpec) -> torch.dtype:
     return torch.float32 if 4 * parameters <= FLOAT32_LAYER_BYTES else torch.bfloat16
 
 
-def require_weight_amax(name: str, amax: float) -> None:
-    """Raises NvlmError for a weight of a linear that cannot be right: not finite, or nothing but zeros."""
-    if amax == 0:
-        raise NvlmError(
-            f"tensor {name} is all zeros", hint="a download that stopped early looks like this: fetch its shard again"
-        )
-    if not amax < float("inf"):
-        raise NvlmError(f"tensor {name} holds NaN or infinity", hint="fetch its shard again")
+@dataclass(frozen=True)
+class _Layers:
+    """What samples pass through, and where it is recorded."""
+
+    checkpoint: Checkpoint
+    spec: DecoderSpec
+    dtype: torch.dtype
+    state: CalibrationState
+    on_progress: Progress
+
+    def through(self, finished: Finished, hidden: HiddenStates) -> Finished:
+        """From the layer that `finished` has got to, whose input `hidden` is, to the last."""
+        count, token_bytes = self.spec.layers, self.spec.hidden_size * self.dtype.itemsize
+        for index in range(finished.layers, count):
+            report = _Report(self.on_progress, index, count, finished.tokens, token_bytes)
+            after = self.state.hidden_states(index + 1)
+            # without a name here, or the layer would be in memory until after the next one is read
+            amax = _through_layer(self._observed(index), finished.runs, hidden, after, report)
+            finished = Finished(index + 1, finished.runs, {**finished.amax, **amax}, after.checksums)
+            hidden = after
+            self.state.record(finished)
+            log.info("calibrated layer %d of %d", index + 1, count)
+        return finished
+
+    def _observed(self, index: int) -> ObservedLayer:
+        return ObservedLayer(self.checkpoint, self.spec, index, self.dtype)
 
 
-def magnitude(x: torch.Tensor) -> torch.Tensor:
-    """Largest absolute value, a float32 scalar; NaN if there is one. No copy of x is made, unlike x.abs().max()."""
-    low, high = x.aminmax()
-    return torch.maximum(-low, high).float()
+def _resumed(layers: _Layers) -> Finished | None:
+    """What a killed run's state leads to; None where there is none to be used.
 
-
-class ObservedLayer:
-    """One decoder layer that remembers the largest magnitude of what passes through it."""
-
-    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, index: int, dtype: torch.dtype) -> None:
-        self.spec, self.device = spec, _device()
-        with torch.device("meta"):
-            self.layer = DecoderLayer(spec).eval()
-        self.observed = Observed(f"model.layers.{index}")
-        prefix = f"{PREFIX}{self.observed.layer}."
-        require_shapes(self.layer, checkpoint, prefix=prefix)
-        self.layer.load_state_dict(self._weights(checkpoint, prefix, dtype), assign=True)
-        for group in FUSED_LINEARS:
-            self.layer.get_submodule(group[0]).register_forward_pre_hook(self.observed.input_hook(group[0]))
-
-    @torch.inference_mode()
-    def advance(self, states: torch.Tensor, run: Run) -> torch.Tensor:
-        """The layer's output for one run's hidden states [tokens, hidden]."""
-        self.observed.run = run
-        states = states.to(self.device)
-        rotary = rotary_tables(run.positions(self.device), self.spec, states.dtype)
-        output: torch.Tensor = self.layer(states[None], rotary, run.mask(self.device), self.observed)[0]
-        self.observed.finite("output", output, token_axis=0)
-        return output.cpu()
-
-    def _weights(self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read, not mapped: mapped pages would count as memory a second time."""
-        weights = {
-            name: torch.empty(tensor.shape, dtype=dtype, device=self.device)
-            for name, tensor in self.layer.state_dict().items()
-        }
-        by_size = sorted(weights, key=lambda name: -weights[name].numel())
-        with one_torch_thread_each():
-            amax = in_threads(lambda name: _filled(weights[name], checkpoint, prefix + name), by_size)
-        linears = {f"{linear}.weight" for group in FUSED_LINEARS for linear in group}
-        for name, value in zip(by_size, amax, strict=True):
-            if name in linears:
-                require_weight_amax(prefix + name, value.item())
-                self.observed.found[name] = value
-        return weights
-
-
-class Observed:
-    """What was found in a layer. It knows nothing of the weights, whose memory is given back with the layer."""
-
-    def __init__(self, layer: str) -> None:
-        self.layer, self.run = layer, Run(0, ())
-        self.found: dict[str, torch.Tensor] = {}
-
-    def amax(self) -> dict[str, float]:
-        """All that was found. Raises NvlmError for an input that was zero in every sample."""
-        for name, value in self.found.items():
-            if value == 0:
-                raise NvlmError(f"{self.layer}.{name} was zero in all samples", hint="calibrate with real prompts")
-        return {f"{self.layer}.{name}": value.item() for name, value in self.found.items()}
-
-    def input_hook(self, linear: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        """Records what a linear is given."""
-
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            self._record(f"{linear}.input", inputs[0], token_axis=1)
-
-        return hook
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A LayerCache that keeps nothing: the layer hands over what a real cache would store."""
-        self._record("self_attn.keys", keys, token_axis=2)
-        self._record("self_attn.values", values, token_axis=2)
-        return keys, values
-
-    def finite(self, name: str, x: torch.Tensor, *, token_axis: int) -> torch.Tensor:
-        """The magnitude of x. Raises NvlmError naming the sample whose tokens are not finite."""
-        value = magnitude(x)
-        if not torch.isfinite(value):
-            tokens = (~x.isfinite()).movedim(token_axis, 0).flatten(1).any(dim=1)
-            sample = self.run.sample_at(int(tokens.nonzero()[0]))
-            raise NvlmError(f"{self.layer}.{name} holds NaN or infinity in calibration sample {sample}")
-        return value
-
-    def _record(self, name: str, x: torch.Tensor, *, token_axis: int) -> None:
-        value = self.finite(name, x, token_axis=token_axis)
-        self.found[name] = torch.maximum(self.found[name], value) if name in self.found else value
+    Of former layers nothing is left to go back to: where hidden states are damaged, all begins anew.
+    """
+    finished = layers.state.finished()
+    if finished is None:
+        return None
+    try:
+        return layers.through(finished, layers.state.hidden_states(finished.layers, finished.checksums))
+    except DamagedStatesError as problem:
+        log.warning("%s: calibrating from the first layer again", problem.message)
+        return None
 
 
 def _begun(state: CalibrationState, samples: Iterable[torch.Tensor]) -> tuple[Finished, HiddenStates]:
@@ -244,7 +172,7 @@ def _begun(state: CalibrationState, samples: Iterable[torch.Tensor]) -> tuple[Fi
         runs.append(run)
     if not runs:
         raise NvlmError("no calibration samples", hint="give at least one; a few hundred prompts are usual")
-    finished = Finished(0, runs, {})
+    finished = Finished(0, runs, {}, hidden.checksums)
     state.record(finished)
     return finished, hidden
 
@@ -296,22 +224,8 @@ def _digest(checkpoint: Checkpoint, spec: DecoderSpec, choices: list[str | None]
     how many threads, as a product's sums are shared among them.
     """
     shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-    machine = [_device().type, torch.__version__, torch.get_num_threads()]
+    machine = [compute_device().type, torch.__version__, torch.get_num_threads()]
     return sha256_of_json([str(checkpoint.folder), shards, asdict(spec), choices, machine])
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _filled(weight: torch.Tensor, checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The amax of a tensor of the checkpoint, whose values are now in `weight`."""
-    amax, row = torch.zeros(()), 0
-    for chunk in checkpoint.chunks(name):
-        amax = torch.maximum(amax, magnitude(chunk))
-        weight[row : row + len(chunk)] = chunk
-        row += len(chunk)
-    return amax
 
 
 def _checked(samples: Iterable[torch.Tensor], spec: DecoderSpec) -> Iterator[torch.Tensor]:

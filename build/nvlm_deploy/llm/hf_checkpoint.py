@@ -33,6 +33,7 @@ from nvlm_deploy.checkpoint.hf_layout import (
 )
 from nvlm_deploy.checkpoint.reader import INDEX_NAME, Checkpoint
 from nvlm_deploy.checkpoint.resumable import TensorFiles, in_threads, tensor_files
+from nvlm_deploy.checkpoint.soundness import SoundChunks
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.calibrate import CalibrationResult
@@ -43,7 +44,6 @@ from nvlm_deploy.llm.quantize import (
     linear_chunks,
     linear_scales,
     require_calibrated,
-    sound_chunks,
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.llm.trtllm import BY_CALIBRATION
@@ -62,8 +62,6 @@ _COMPANION_SUFFIXES = (".json", ".py", ".txt", ".md", ".jinja", ".model", ".tikt
 _COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _WRITTEN_ANEW = (CONFIG_NAME, INDEX_NAME, QUANT_CONFIG_NAME, MANIFEST_NAME)
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-# dtypes that the writer of safetensors knows
-_CARRIED = ("BF16", "F32")
 
 
 def hf_checkpoint_from(
@@ -103,18 +101,12 @@ def layout_for(
 ) -> HfLayout:
     """The folder that a checkpoint becomes.
 
-    Raises NvlmError for a tensor that is missing, misshapen or of a type that cannot be carried over.
+    Raises NvlmError for a tensor that is missing, misshapen or quantised already.
     """
     extra = require_tensors(checkpoint, spec)
     if extra:
         log.warning("%d tensor(s) are no part of NVLM-D and left out, first %s", len(extra), extra[0])
     carried = {name: info.dtype for name, info in checkpoint.infos.items() if not name.startswith(PREFIX)}
-    for name in carried.keys() - set(extra):
-        if carried[name] not in _CARRIED:
-            raise NvlmError(
-                f"tensor {name} is {carried[name]}: encoder and projector are carried over as {' or '.join(_CARRIED)}",
-                hint="convert the checkpoint to BF16 first",
-            )
     return HfLayout(spec, carried, quant_algo, kv_cache_quant_algo, max_shard_bytes)
 
 
@@ -188,12 +180,10 @@ class HfExport:
 
     def _write(self, unit: HfUnit, writer: _Writer) -> None:
         name = unit.tensor.name.removeprefix(PREFIX)
-        if not unit.is_of_decoder:
-            writer.put_chunks(unit.tensor, sound_chunks(self.checkpoint, name))
-        elif not unit.is_quantised:
-            writer.put_chunks(
-                unit.tensor, (chunk.to(torch.bfloat16) for chunk in sound_chunks(self.checkpoint, unit.tensor.name))
-            )
+        if not unit.is_quantised:
+            chunks = iter(SoundChunks(unit.tensor.name, self.checkpoint.chunks(unit.tensor.name)))
+            as_bf16 = (chunk.to(torch.bfloat16) for chunk in chunks)
+            writer.put_chunks(unit.tensor, as_bf16 if unit.is_of_decoder else chunks)
         elif self.layout.quant_algo == FP8:
             self._write_per_tensor(unit, name, writer)
         else:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from nvlm_deploy.artifacts import write_text
-from nvlm_deploy.checkpoint.reader import Checkpoint, read_header, read_json
+from nvlm_deploy.checkpoint.unfinished import checksum_of, read_sealed_json, read_states, write_sealed_json
 from nvlm_deploy.checkpoint.writer import write_safetensors
-from nvlm_deploy.errors import NvlmError
 
 PROGRESS_NAME = "progress.json"
 # Samples go through a layer together, behind one another, until so many tokens are reached: a linear reads its weights
 # once for all of them
 TOKENS_PER_RUN = 1024
+_NAME = "states"
 
 
 @dataclass(frozen=True)
@@ -48,26 +47,31 @@ class Run:
 
 @dataclass
 class HiddenStates:
-    """Runs' hidden states [tokens, hidden] in order: in memory while they fit, the others in a folder of their own."""
+    """Runs' hidden states [tokens, hidden] in order: in memory while they fit, the others in a folder of their own.
+
+    `checksums` are of those in the folder, by the number of their run.
+    """
 
     folder: Path
     memory_bytes: int
+    checksums: dict[int, int] = field(default_factory=dict)
     held: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def put(self, number: int, states: torch.Tensor) -> None:
         if sum(other.nbytes for other in self.held.values()) + states.nbytes <= self.memory_bytes:
             self.held[number] = states
         else:
-            write_safetensors(self._path(number), {"states": states})
+            write_safetensors(self._path(number), {_NAME: states})
+            self.checksums[number] = checksum_of(states)
 
     def take(self, number: int) -> torch.Tensor:
-        """What is in memory is gone after this; what is in the folder stays."""
+        """What is in memory is gone after this; what is in the folder stays.
+
+        Raises DamagedStatesError for a file with another byte, or for none.
+        """
         if number in self.held:
             return self.held.pop(number)
-        path = self._path(number)
-        # read, not mapped: mapped pages would stay this process's memory
-        stored = Checkpoint(path.parent, {}, {info.name: info for info in read_header(path)})
-        return torch.cat([*stored.chunks("states")])
+        return read_states(self._path(number), _NAME, self.checksums.get(number))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"run-{number:05d}.safetensors"
@@ -75,11 +79,12 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Finished:
-    """How many layers are behind it, the amax found in them, and the runs."""
+    """How many layers are behind it, the amax found in them, the runs, and the checksums of their hidden states."""
 
     layers: int
     runs: Sequence[Run]
     amax: Mapping[str, float]
+    checksums: Mapping[int, int]
 
     @property
     def tokens(self) -> int:
@@ -105,25 +110,22 @@ class CalibrationState:
         self._remove_others(None if finished is None else finished.layers)
         return finished
 
-    def hidden_states(self, layers: int) -> HiddenStates:
+    def hidden_states(self, layers: int, checksums: Mapping[int, int] = MappingProxyType({})) -> HiddenStates:
         """After so many layers."""
-        return HiddenStates(self._path(layers), self.memory_bytes)
+        return HiddenStates(self._path(layers), self.memory_bytes, dict(checksums))
 
     def record(self, finished: Finished) -> None:
         """From here a killed run goes on."""
-        document = {"digest": self.digest, **asdict(finished)}
-        write_text(self.folder / PROGRESS_NAME, json.dumps(document) + "\n")
+        write_sealed_json(self.folder / PROGRESS_NAME, {"digest": self.digest, **asdict(finished)})
         self._remove_others(finished.layers)
 
     def _recorded(self) -> Finished | None:
-        try:
-            document = read_json(self.folder / PROGRESS_NAME)
-            if document["digest"] == self.digest:
-                runs = [Run(int(run["first_sample"]), tuple(map(int, run["lengths"]))) for run in document["runs"]]
-                return Finished(int(document["layers"]), runs, {str(k): float(v) for k, v in document["amax"].items()})
-        except (AttributeError, KeyError, NvlmError, TypeError, ValueError):
-            pass  # none yet, or damaged: starting again costs time and loses nothing else
-        return None
+        document = read_sealed_json(self.folder / PROGRESS_NAME)
+        if document is None or document["digest"] != self.digest:
+            return None
+        runs = [Run(run["first_sample"], tuple(run["lengths"])) for run in document["runs"]]
+        checksums = {int(number): checksum for number, checksum in document["checksums"].items()}
+        return Finished(document["layers"], runs, document["amax"], checksums)
 
     def _remove_others(self, layers: int | None) -> None:
         kept = {self.folder / PROGRESS_NAME, *([] if layers is None else [self._path(layers)])}

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.soundness import SoundChunks
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Layout
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.llm.calibrate import FUSED_LINEARS, CalibrationResult, magnitude, require_weight_amax
+from nvlm_deploy.llm.calibrate import CalibrationResult
+from nvlm_deploy.llm.observed import FUSED_LINEARS
 from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import E4M3_MAX, scale_from_amax, to_e4m3
 
@@ -91,26 +93,12 @@ def kv_cache_scale(layer: str, calibration: CalibrationResult | None) -> torch.T
     return scale_from_amax(torch.tensor([amax])).clamp(min=LEAST_KV_CACHE_SCALE)
 
 
-def sound_chunks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    """Rows of a tensor as stored; NvlmError when one is not finite, or at the end when a weight is all zeros."""
-    amax = torch.zeros(())
-    for chunk in checkpoint.chunks(name):
-        amax = torch.maximum(amax, magnitude(chunk))
-        _require_finite(name, amax)
-        yield chunk
-    if name.endswith(".weight"):
-        require_weight_amax(name, amax.item())
-
-
 def linear_chunks(checkpoint: Checkpoint, source: str, calibration: CalibrationResult | None) -> Iterator[torch.Tensor]:
     """Rows of a linear's weight as stored; at the end NvlmError when they cannot be what was calibrated."""
-    amax = torch.zeros(())
-    for chunk in checkpoint.chunks(PREFIX + source):
-        amax = torch.maximum(amax, magnitude(chunk))
-        _require_finite(PREFIX + source, amax)
-        yield chunk
-    require_weight_amax(PREFIX + source, amax.item())
-    if calibration is not None and amax.item() != _calibrated(calibration, source):
+    chunks = SoundChunks(PREFIX + source, checkpoint.chunks(PREFIX + source))
+    yield from chunks
+    amax = chunks.amax.item()
+    if calibration is not None and amax != _calibrated(calibration, source):
         raise NvlmError(
             f"{source} has amax {amax:.6g}, {calibration.amax[source]:.6g} when calibrated: "
             "the calibration is of another checkpoint",
@@ -131,11 +119,6 @@ def row_magnitudes(rows: torch.Tensor) -> torch.Tensor:
     """
     bits, sign = _BITS[rows.dtype.itemsize]
     return rows.view(bits).bitwise_and(~sign).amax(dim=1).view(rows.dtype)
-
-
-def _require_finite(name: str, amax: torch.Tensor) -> None:
-    if not torch.isfinite(amax):
-        raise NvlmError(f"tensor {name} holds NaN or infinity", hint="fetch its shard again")
 
 
 def _fused_group(linear: str) -> tuple[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ import torch
 from nvlm_deploy.artifacts import resumable_folder, sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.resumable import in_threads
+from nvlm_deploy.checkpoint.soundness import SoundChunks
 from nvlm_deploy.checkpoint.trtllm import CheckpointWriter, TrtllmCheckpoint, checkpoint_writer, read_checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import (
     ACTIVATION_SCALE,
@@ -38,7 +39,6 @@ from nvlm_deploy.llm.quantize import (
     linear_chunks,
     linear_scales,
     require_calibrated,
-    sound_chunks,
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.model.decoder import PREFIX
@@ -130,8 +130,8 @@ class TrtllmExport:
             writer.put(job.weight, kv_cache_scale(layer, self.calibration))
         elif not job.scales:
             with writer.rows(job.weight) as rows:
-                for source in job.weight.sources:
-                    for chunk in sound_chunks(self.checkpoint, PREFIX + source):
+                for name in (PREFIX + source for source in job.weight.sources):
+                    for chunk in SoundChunks(name, self.checkpoint.chunks(name)):
                         rows.append(chunk.to(torch.bfloat16))
         elif self.layout.quant_algo == FP8_PER_CHANNEL:
             self._write_per_channel(job, writer)

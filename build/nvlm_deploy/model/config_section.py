@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nvlm_deploy.errors import NvlmError
+
+# where a reader names no bound of its own: what still fits a 32-bit index
+MOST_OF_ANYTHING = 2**31 - 1
+LARGEST_FLOAT = sys.float_info.max
+_MOST_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,21 @@ class ConfigSection:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above zero; token ids may be zero."""
         value = self.values.get(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
         if not is_number or (value <= 0 and not key.endswith("_id")):
-            raise NvlmError(f"{self.place}.{key} is {value!r}, expected a positive number")
+            raise NvlmError(f"{self.place}.{key} is {_shown(value)}, expected a positive number")
         return float(value) if isinstance(value, float) else int(value)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero; token ids may be zero."""
+    def integer(self, key: str, default: int | None = None, *, most: int = MOST_OF_ANYTHING) -> int:
+        """A whole number above zero and not above `most`; token ids may be zero."""
         value = self.number(key, default)
         if value != int(value):
             raise NvlmError(f"{self.place}.{key} is {value}, expected a whole number")
+        if value > most:
+            raise NvlmError(
+                f"{self.place}.{key} is {_shown(value)}, no such model has more than {most:,}",
+                hint="fetch config.json of the checkpoint again",
+            )
         return int(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -55,3 +65,9 @@ class ConfigSection:
         value = self.values.get(key, only)
         if value != only:
             raise NvlmError(f"{self.place}: {key} is {value!r}; only {only!r} is supported: {reason}")
+
+
+def _shown(value: object) -> str:
+    """A value as it is written, of a long one its beginning."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

@@ -22,6 +22,14 @@ PROJECTOR_NORM_EPSILON = 1e-5
 # a square of so many patches a side becomes one token
 PIXEL_SHUFFLE = 2
 
+# far beyond any model of this kind, small enough that whatever is derived from it is derived at once
+MOST_LAYERS = 512
+MOST_HEADS = 4_096
+MOST_WIDTH = 1_000_000
+MOST_PIXELS = 8_192
+MOST_TILES = 128
+MOST_TOKENS = 100_000_000
+
 QKV_NAME = "vision_model.encoder.layers.0.attn.qkv.weight"
 
 
@@ -136,8 +144,7 @@ def spec_from_checkpoint(checkpoint: HasHeaders) -> ModelSpec:
     Raises NvlmError for a checkpoint of another model or a config that contradicts itself.
     """
     _require_nvlm(ConfigSection(checkpoint.config))
-    vision = ConfigSection(checkpoint.config).section("vision_config")
-    hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
+    heads, hidden = _heads_and_width(ConfigSection(checkpoint.config).section("vision_config"))
     return spec_from_config(checkpoint.config, padded_heads=_padded_heads(checkpoint.shape(QKV_NAME), hidden, heads))
 
 
@@ -172,9 +179,14 @@ def _require_nvlm(top: ConfigSection) -> None:
         )
 
 
+def _heads_and_width(section: ConfigSection) -> tuple[int, int]:
+    return section.integer("num_attention_heads", most=MOST_HEADS), section.integer("hidden_size", most=MOST_WIDTH)
+
+
 def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec:
-    heads, hidden = section.integer("num_attention_heads"), section.integer("hidden_size")
-    image_size, patch_size = section.integer("image_size"), section.integer("patch_size")
+    heads, hidden = _heads_and_width(section)
+    image_size = section.integer("image_size", most=MOST_PIXELS)
+    patch_size = section.integer("patch_size", most=MOST_PIXELS)
     _require_divides(hidden, heads, "vision_config.hidden_size", "num_attention_heads")
     _require_divides(image_size, patch_size, "vision_config.image_size", "patch_size")
     section.require("qk_normalization", True, "InternViT-6B-V1-5 normalises q and k")
@@ -184,8 +196,8 @@ def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec
     section.require("num_channels", 3, "tiles are RGB")
     return VisionSpec(
         hidden_size=hidden,
-        intermediate_size=section.integer("intermediate_size"),
-        layers=section.integer("num_hidden_layers"),
+        intermediate_size=section.integer("intermediate_size", most=MOST_WIDTH),
+        layers=section.integer("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         padded_heads=heads + 7 if padded_heads is None else padded_heads,
         image_size=image_size,
@@ -196,9 +208,9 @@ def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec
 
 def _decoder_spec(section: ConfigSection) -> DecoderSpec:
     """Keys the release leaves to the Qwen2 defaults get Qwen2-72B-Instruct's values (facts nvlm-d.md section 1)."""
-    heads, hidden = section.integer("num_attention_heads"), section.integer("hidden_size")
+    heads, hidden = _heads_and_width(section)
     _require_divides(hidden, heads, "llm_config.hidden_size", "num_attention_heads")
-    kv_heads = section.integer("num_key_value_heads", heads)
+    kv_heads = section.integer("num_key_value_heads", heads, most=MOST_HEADS)
     _require_divides(heads, kv_heads, "llm_config.num_attention_heads", "num_key_value_heads")
     section.require("tie_word_embeddings", False, "NVLM-D has an output head of its own")
     section.require("hidden_act", "silu", "Qwen2 has SwiGLU")
@@ -206,15 +218,15 @@ def _decoder_spec(section: ConfigSection) -> DecoderSpec:
     section.require("use_sliding_window", False, "every layer attends to all tokens before")
     section.require("head_dim", hidden // heads, "heads share hidden_size equally")
     return DecoderSpec(
-        vocab_size=section.integer("vocab_size", 152064),
+        vocab_size=section.integer("vocab_size", 152064, most=MOST_TOKENS),
         hidden_size=hidden,
-        intermediate_size=section.integer("intermediate_size"),
-        layers=section.integer("num_hidden_layers"),
+        intermediate_size=section.integer("intermediate_size", most=MOST_WIDTH),
+        layers=section.integer("num_hidden_layers", most=MOST_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         norm_epsilon=section.number("rms_norm_eps", 1e-6),
         rotary_base=_rotary_base(section),
-        max_positions=section.integer("max_position_embeddings", 32768),
+        max_positions=section.integer("max_position_embeddings", 32768, most=MOST_TOKENS),
     )
 
 
@@ -233,10 +245,11 @@ def _tiling_spec(top: ConfigSection, vision: VisionSpec) -> TilingSpec:
     top.require("ps_version", "v2", "NVLM-D is trained with it; v1 transposes the grid")
     top.require("select_layer", -1, "the projector reads the last layer")
     top.require("downsample_ratio", 0.5, "four patches become one token")
+    most_tiles = top.integer("max_dynamic_patch", 6, most=MOST_TILES)
     tiling = TilingSpec(
-        tile_size=top.integer("force_image_size", vision.image_size),
-        min_tiles=top.integer("min_dynamic_patch", 1),
-        max_tiles=top.integer("max_dynamic_patch", 6) if top.flag("dynamic_image_size", True) else 1,
+        tile_size=top.integer("force_image_size", vision.image_size, most=MOST_PIXELS),
+        min_tiles=top.integer("min_dynamic_patch", 1, most=MOST_TILES),
+        max_tiles=most_tiles if top.flag("dynamic_image_size", True) else 1,
         use_thumbnail=top.flag("use_thumbnail", True),
         tokens_per_tile=(vision.grid // PIXEL_SHUFFLE) ** 2,
     )

@@ -8,6 +8,7 @@ the number of requests alone; they are shown under the same assumption, and neit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -65,8 +66,19 @@ class Anchor:
 
 
 def halves(anchors: tuple[Anchor, ...]) -> tuple[tuple[Anchor, ...], tuple[Anchor, ...]]:
-    """Every second row, beginning with the first, to fit; the others to test."""
-    return anchors[::2], anchors[1::2]
+    """Rows to fit and rows to test: in turn within each source, GPU and quantity, the first of each to fit.
+
+    The rule looks at no error. Turns are not taken along the whole list: a table of two columns, read row by row, would
+    put one column into each half.
+    """
+    seen: Counter[tuple[str, str, str]] = Counter()
+    fit: list[Anchor] = []
+    test: list[Anchor] = []
+    for anchor in anchors:
+        group = (anchor.setup.source, anchor.setup.sku, anchor.quantity)
+        (test if seen[group] % 2 else fit).append(anchor)
+        seen[group] += 1
+    return tuple(fit), tuple(test)
 
 
 def _split(setup: Setup, efficiency: Efficiency) -> SplitDecoder:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_deploy.checkpoint.reader import INDEX_NAME, read_json
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.errors import NvlmError, unknown_name
 from nvlm_deploy.model.inventory import PARTS, expected_tensors
-from nvlm_deploy.model.spec import ModelSpec, VisionSpec, spec_from_config
+from nvlm_deploy.model.spec import MOST_HEADS, ModelSpec, VisionSpec, spec_from_config
 
 # config.json of nvidia/NVLM-D-72B as far as it is published; facts nvlm-d.md section 1
 NVLM_D_72B: Mapping[str, Any] = {
@@ -99,7 +99,7 @@ def planned_model(checkpoint: Path | None = None, spec_name: str | None = None) 
     if spec_name is None:
         raise NvlmError("nothing to plan for", hint=f"a checkpoint folder, or --spec {DEFAULT_SPEC}")
     if spec_name not in KNOWN_SPECS:
-        raise NvlmError(f"no built-in spec {spec_name!r}", hint=f"there are: {', '.join(sorted(KNOWN_SPECS))}")
+        raise unknown_name("built-in spec", spec_name, sorted(KNOWN_SPECS))
     return PlannedModel(spec_name, spec_from_config(KNOWN_SPECS[spec_name]), "published")
 
 
@@ -133,7 +133,7 @@ def _spec_of_index(spec: ModelSpec, index: Mapping[str, Any], path: Path) -> Mod
     unpadded = replace(spec, vision=replace(spec.vision, padded_heads=spec.vision.heads))
     least = BF16_BYTES * sum(math.prod(shape) for shape in expected_tensors(unpadded).values())
     heads, rest = divmod(total - least, BF16_BYTES * _parameters_of_a_head(spec.vision))
-    if rest or heads < 0:
+    if rest or not 0 <= heads <= MOST_HEADS:
         raise NvlmError(
             f"{path} counts {total:,} bytes; config.json's shapes take {least:,} in BF16, and dummy heads do not "
             "explain the difference",

@@ -11,7 +11,7 @@ from nvlm_deploy.planning.known_models import PlannedModel
 from nvlm_deploy.planning.memory import GIB, REFERENCE
 from nvlm_deploy.planning.plan import Plan, legal_splits, make_plan
 from nvlm_deploy.planning.serving import Workload
-from nvlm_deploy.profile import Profile, load_profile, profile_folder
+from nvlm_deploy.profile import Profile, load_profile, profile_names
 from nvlm_deploy.sku import load_sku, sku_names
 
 RUNNABLE, ELSEWHERE, IMPOSSIBLE = "runnable here", "fits elsewhere", "impossible"
@@ -28,10 +28,6 @@ class Listed:
     gpus: int
     sku: str
     plan: Plan | None = None
-
-
-def profile_names() -> list[str]:
-    return sorted(file.stem for file in profile_folder().glob("*.toml"))
 
 
 def sku_of_machine(machine: Machine) -> str | None:
@@ -72,7 +68,8 @@ def judged(model: PlannedModel, profile: Profile, machine: Machine, workload: Wo
 def _room_words(plan: Plan) -> str:
     gpu = plan.memory.tightest
     used, visible = plan.memory.used_bytes(gpu) / GIB, gpu.visible_bytes / GIB
-    return f"{used:.1f} of {visible:.1f} GiB, {plan.memory.kv_tokens:,} KV tokens"
+    room = f"{used:.1f} of {visible:.1f} GiB, {plan.memory.kv_tokens:,} KV tokens"
+    return room if plan.warning is None else f"{room}; {plan.warning}"
 
 
 def _fewest_gpus(listed: list[Listed], profiles: list[Profile]) -> Iterator[Profile]:

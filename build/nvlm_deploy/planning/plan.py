@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout
@@ -10,17 +10,23 @@ from nvlm_deploy.checkpoint.trtllm_layout import legal_tensor_parallel
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine_arguments import engine_arguments
 from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.planning.build_steps import StepEstimate, step_estimates
+from nvlm_deploy.planning.build_steps import ONNX_RUNTIME, Host, StepEstimate, step_estimates
 from nvlm_deploy.planning.known_models import PlannedModel
 from nvlm_deploy.planning.memory import KV_BYTES, REFERENCE, MemoryAccount, limits_of, memory_account, room_of
 from nvlm_deploy.planning.roofline import SplitDecoder, encoder_s
-from nvlm_deploy.planning.serving import PREPROCESS_S_PER_IMAGE, Demand, Prediction, Workload, predict
+from nvlm_deploy.planning.serving import (
+    PREPROCESS_S_PER_IMAGE,
+    Demand,
+    Prediction,
+    Workload,
+    fewest_tiles,
+    images_in,
+    predict,
+)
 from nvlm_deploy.planning.weights import layout_of
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.sku import Sku, load_sku
 from nvlm_deploy.vision.tensorrt import require_target as require_vision_target
-
-ONNX_RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Plan:
     sku: Sku
     workload: Workload
     memory: MemoryAccount
+    host: Host = field(default_factory=Host)
 
     @property
     def gpus(self) -> int:
@@ -49,27 +56,52 @@ class Plan:
 
     @cached_property
     def steps(self) -> tuple[StepEstimate, ...]:
-        return step_estimates(self.model, self.profile)
+        return step_estimates(self.model, self.profile, self.host)
 
     @property
     def requests(self) -> int:
         """How many requests of this workload are served at once."""
         return self.memory.requests(self.workload.sequence_tokens(self.model.spec))
 
+    @property
+    def servable_images(self) -> tuple[int, int]:
+        """Images of one request that max_seq_len has room for: of as many tiles as may be, and of as few."""
+        spec, longest = self.model.spec, self.profile.decoder.max_seq_len
+        most, fewest = spec.tiling.max_tiles_with_thumbnail, fewest_tiles(spec)
+        return images_in(longest, spec, most), images_in(longest, spec, fewest)
+
+    @property
+    def warning(self) -> str | None:
+        """What the profile promises and no request can have, with the number that works; None where it keeps all."""
+        promised, longest = self.profile.serving.max_images, self.profile.decoder.max_seq_len
+        large, small = self.servable_images
+        if promised <= small:
+            return None
+        tiles = self.model.spec.tiling.max_tiles_with_thumbnail
+        return (
+            f"max_images {promised:,} cannot be served: max_seq_len {longest:,} has room for {small:,} of "
+            f"{fewest_tiles(self.model.spec)} tile, {large:,} of {tiles}"
+        )
+
     @cached_property
     def refused_request(self) -> str | None:
         """Why a request of this workload would be refused, or None."""
         tokens, longest = self.workload.sequence_tokens(self.model.spec), self.profile.decoder.max_seq_len
         if self.workload.images > self.profile.serving.max_images:
-            return f"{self.workload.images} images, the profile takes {self.profile.serving.max_images}"
+            return f"{self.workload.images:,} images, max_images is {self.profile.serving.max_images:,}"
         if tokens > longest:
             return f"{tokens:,} tokens with the answer, max_seq_len is {longest:,}"
         return None
 
+    @property
+    def serves(self) -> bool:
+        """Whether it fits and would answer this workload's requests."""
+        return self.memory.fits and self.refused_request is None
+
     @cached_property
     def prediction(self) -> Prediction | None:
         """None where the model does not fit, the request would be refused, or no speed is stated for the SKU."""
-        if not self.memory.fits or self.refused_request or self.why_no_prediction:
+        if not self.serves or self.why_no_prediction:
             return None
         spec, workload = self.model.spec, self.workload
         demand = Demand(

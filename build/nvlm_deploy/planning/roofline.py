@@ -19,9 +19,10 @@ PCIE_5_GB_S = 128.0  # of GPUs beyond those that NVLink joins
 class Efficiency:
     """Shares of stated peaks, and what no peak explains.
 
-    `bandwidth`, `fp8`, `sixteen_bit` and `link` are of memory, of dense products in either width and of one direction
-    of the interconnect; `all_reduce_s` is the least that one all-reduce takes, `first_token_s` what a request waits for
-    beside its own forward pass. `vision` is of dense 16-bit products in the encoder, assumed.
+    `bandwidth`, `fp8`, `sixteen_bit` and `link` are of memory, of dense products in either width and of one
+    direction of NVLink; `all_reduce_s` is the least that one all-reduce takes, `first_token_s` what a request waits for
+    beside its own forward pass. Not fitted, for no row has them: `vision`, of dense 16-bit products in the encoder, is
+    assumed; `pcie`, of one direction of PCIe, is what NCCL reached on eight GPUs (28 of 64 GB/s, NVIDIA/nccl#1639).
     """
 
     bandwidth: float
@@ -31,11 +32,12 @@ class Efficiency:
     all_reduce_s: float
     first_token_s: float
     vision: float = 0.5
+    pcie: float = 0.44
 
 
-# fitted to every second published row in the order of the fact sheet, tested on the others; see anchors.py
+# fitted to one half of the published rows, tested on the other; see halves() in anchors.py
 EFFICIENCY = Efficiency(
-    bandwidth=0.647, fp8=0.642, sixteen_bit=0.582, link=0.284, all_reduce_s=13.3e-6, first_token_s=0.0120
+    bandwidth=0.593, fp8=0.569, sixteen_bit=0.686, link=0.302, all_reduce_s=3.65e-6, first_token_s=0.0130
 )
 
 
@@ -81,14 +83,22 @@ class SplitDecoder:
         if self.tensor == 1:
             return 0.0
         ring = 2 * (self.tensor - 1) / self.tensor * tokens * self.spec.hidden_size * 2
-        rate = link_gb_s(self.sku, self.tensor) / 2 * 1e9 * self.efficiency.link
-        return 2 * self.spec.layers * (self.efficiency.all_reduce_s + ring / rate)
+        rate = link_gb_s(self.sku, self.tensor) / 2 * 1e9
+        share = self.efficiency.link if has_nvlink(self.sku, self.tensor) else self.efficiency.pcie
+        return 2 * self.spec.layers * (self.efficiency.all_reduce_s + ring / (rate * share))
 
 
 def linear_parameters(spec: DecoderSpec) -> int:
     """Weights of all layers' products, without the embedding table and the head."""
     width, kv_width = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     return spec.layers * spec.hidden_size * (2 * width + 2 * kv_width + 3 * spec.intermediate_size)
+
+
+def has_nvlink(sku: Sku, gpus: int) -> bool:
+    """Whether so many GPUs are all joined by NVLink; one needs no link."""
+    if gpus == 1:
+        return True
+    return sku.interconnect is not None and sku.interconnect.kind == "nvlink" and gpus <= sku.interconnect.gpus
 
 
 def link_gb_s(sku: Sku, gpus: int) -> float:

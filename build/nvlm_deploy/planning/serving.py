@@ -36,6 +36,18 @@ class Workload:
         return self.prompt_tokens(spec) + self.output_tokens
 
 
+def images_in(tokens: int, spec: ModelSpec, tiles: int) -> int:
+    """How many images of so many tiles a sequence holds beside one token of text and one of an answer."""
+    image = tiles * (spec.tiling.tokens_per_tile + TAG_TOKENS_PER_TILE) + TAG_TOKENS_PER_IMAGE
+    return max(0, (tokens - 2) // image)
+
+
+def fewest_tiles(spec: ModelSpec) -> int:
+    """What an image becomes at the least; a lone tile has no thumbnail beside it."""
+    tiling = spec.tiling
+    return tiling.min_tiles + (1 if tiling.use_thumbnail and tiling.min_tiles > 1 else 0)
+
+
 @dataclass(frozen=True)
 class Demand:
     """One kind of request as the GPUs see it: seconds before the decoder, lengths, and how many are in flight."""
@@ -64,6 +76,9 @@ class Prediction:
 
 def predict(decoder: SplitDecoder, demand: Demand) -> Prediction:
     """Closed loop: each client sends its next request when the last is answered.
+
+    Pipeline stages are counted one after another, also where they would work on different requests: what is said of
+    more than one request is then a lower bound. No published row has a pipeline to test another rule with.
 
     A step of decoding is lengthened by the prompts and pictures of others, spread over the answer's tokens. A new
     prompt waits for the step under way and, as in an M/D/1 queue, for prompts before it; where more clients than can

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvlm_deploy.errors import NvlmError
@@ -49,9 +49,10 @@ class Choice:
     reasons: dict[str, tuple[str, ...]]
 
 
-def choose(plans: Sequence[Plan], slo: Slo) -> Choice:
-    """Among plans for the same workload, by RULE."""
+def choose(plans: Sequence[Plan], slo: Slo, impossible: Mapping[str, str] | None = None) -> Choice:
+    """Among plans for the same workload, by RULE; `impossible` profiles have no plan, but a reason."""
     misses = {plan.profile.name: slo.missed(plan) for plan in plans}
+    misses |= {name: (reason,) for name, reason in (impossible or {}).items()}
     meeting = sorted((plan for plan in plans if not misses[plan.profile.name]), key=_cost)
     near = sorted(misses, key=lambda name: (len(misses[name]), name))
     return Choice(

@@ -8,31 +8,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import sha256_of_json
+from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.pipeline import Step
-from nvlm_deploy.recipe import TOKENIZER_NAME, Recipe
+from nvlm_deploy.recipe import TENSORRT_LLM, TOKENIZER_NAME, Recipe
+from nvlm_deploy.sku import load_sku
 
 if TYPE_CHECKING:
-    from nvlm_deploy.triton.ensemble import ServingChoices
+    from nvlm_deploy.triton.choices import ServingChoices
 
 KV_CACHE_DTYPES = {"16bit": "bfloat16", "fp8": "float8_e4m3fn"}
+PAGED_CONTEXT = "plugin_config.use_paged_context_fmha"
 
 
 def assemble(recipe: Recipe) -> Step:
-    """The repository; every config is re-parsed and cross-checked."""
-    inputs = {
-        "vision": recipe.vision_engine_folder,
-        "decoder": recipe.decoder_folder,
-        TOKENIZER_NAME: recipe.tokenizer,
-    }
+    """The repository; every config is re-parsed and cross-checked, with the engines in it where there are any."""
+    decoder = recipe.decoder_engine_folder if _has_engines(recipe) else recipe.decoder_folder
+    inputs = {"vision": recipe.vision_engine_folder, "decoder": decoder, TOKENIZER_NAME: recipe.tokenizer}
 
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.triton.repository import RepositorySources, write_repository
 
-        sources = RepositorySources(recipe.vision_engine_folder, recipe.decoder_folder, recipe.tokenizer, recipe.spec)
+        sources = RepositorySources(recipe.vision_engine_folder, decoder, recipe.tokenizer, recipe.spec)
         write_repository(folder, sources, _serving_choices(recipe))
         return {}
 
     return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",))
+
+
+def _has_engines(recipe: Recipe) -> bool:
+    return recipe.profile.decoder.runtime == TENSORRT_LLM
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -47,10 +51,10 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _serving_choices(recipe: Recipe) -> ServingChoices:
-    from nvlm_deploy.triton.ensemble import ServingChoices
+    from nvlm_deploy.triton.choices import ServingChoices
 
     vision, decoder, serving = recipe.profile.vision, recipe.profile.decoder, recipe.profile.serving
-    return ServingChoices(
+    choices = ServingChoices(
         vision_runtime=vision.runtime,
         max_tiles_per_run=vision.max_tiles_per_run,
         max_batch_size=decoder.max_batch_size,
@@ -60,3 +64,35 @@ def _serving_choices(recipe: Recipe) -> ServingChoices:
         prompt_wrapper=serving.wrapper,
         kv_cache_dtype=KV_CACHE_DTYPES[decoder.kv_cache],
     )
+    return _with_engines(recipe, choices) if _has_engines(recipe) else choices
+
+
+def _with_engines(recipe: Recipe, choices: ServingChoices) -> ServingChoices:
+    from nvlm_deploy.llm.engine import plan_engines
+    from nvlm_deploy.steps.decoder import engine_settings
+    from nvlm_deploy.triton.choices import EngineChoices
+
+    settings = engine_settings(recipe)
+    arguments = plan_engines(recipe.layout(), settings.sku, settings.limits).arguments
+    paged = next(argument.expected is True for argument in arguments if argument.field == PAGED_CONTEXT)
+    engines = EngineChoices(_kv_tokens(recipe), paged)
+    return dataclasses.replace(choices, engines=engines, max_num_tokens=settings.limits.max_num_tokens)
+
+
+def require_room(recipe: Recipe) -> None:
+    """Raises NvlmError where the GPUs of the profile's SKU hold the engines but no request beside them."""
+    if _has_engines(recipe):
+        _kv_tokens(recipe)
+
+
+def _kv_tokens(recipe: Recipe) -> int:
+    """As `nvlm plan` has them: the encoder lives on the first GPU too, whichever of the two is loaded first."""
+    from nvlm_deploy.planning.memory import memory_account, room_of
+
+    account = memory_account(recipe.spec, recipe.profile, room_of(load_sku(recipe.profile.sku), 0))
+    if not account.fits:
+        raise NvlmError(
+            f"profile {recipe.profile.name!r} {account.why_not}: no sequence of max_seq_len fits beside the engines",
+            hint="`nvlm profiles CHECKPOINT` lists what fits",
+        )
+    return account.kv_tokens

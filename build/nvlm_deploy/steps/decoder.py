@@ -12,9 +12,11 @@ from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import built_here
 from nvlm_deploy.pipeline import Step, digest_of_input
-from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, TOKENIZER_NAME, Recipe
+from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, TENSORRT_LLM, TOKENIZER_NAME, Recipe
+from nvlm_deploy.samples import blamed_on
 from nvlm_deploy.sku import load_sku
-from nvlm_deploy.steps.vision import encoder_without_gpu
+from nvlm_deploy.steps.calibration_list import ServedPrompts, require_whole_pictures
+from nvlm_deploy.steps.vision import encoder_without_gpu, export_vision
 
 if TYPE_CHECKING:
     import torch
@@ -22,37 +24,44 @@ if TYPE_CHECKING:
     from nvlm_deploy.llm.calibrate import CalibrationResult
     from nvlm_deploy.llm.engine import EngineSettings
 
-TENSORRT_LLM = "tensorrt_llm"
 EMBEDDING_TABLE = "language_model.model.embed_tokens.weight"
 RESULT_NAME = "calibration.json"
 
 
 def calibrate_llm(recipe: Recipe) -> Step:
-    """The largest magnitudes in every layer over the samples, pictures among them; resumes after a kill."""
+    """The largest magnitudes in every layer over the samples, pictures among them; resumes after a kill.
+
+    The encoder is known by what it is exported from and how, not by its files: a profile of another split may take
+    the result without an export of its own.
+    """
     inputs = {
         **recipe.checkpoint_inputs(),
         TOKENIZER_NAME: recipe.tokenizer,
-        "vision": recipe.vision_folder,
         **recipe.calibration_inputs(),
     }
+    settings = recipe.calibration_settings() | {"samples": len(recipe.samples()), "encoder": export_vision(recipe).key}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        from nvlm_deploy.llm.calibrate import calibrate
+        from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
 
-        unfinished = folder / "unfinished"
-        result = calibrate(
-            recipe.checkpoint,
-            recipe.spec,
-            _embeddings(recipe, unfinished / "encoder"),
-            work_folder=unfinished / "layers",
-            samples_digest=sha256_of_json({name: digest_of_input(path) for name, path in inputs.items()}),
-            on_progress=recipe.on_progress,
-        )
-        result.save(folder / RESULT_NAME)
-        shutil.rmtree(unfinished)
-        return {"samples": result.samples, "tokens": result.tokens, "samples_digest": result.samples_digest}
+        unfinished, vision = folder / "unfinished", digest_of_input(recipe.vision_folder)
+        digest = sha256_of_json([_digests(inputs), vision, settings])
+        result = CalibrationResult.saved(folder / RESULT_NAME)
+        if result is None or result.samples_digest != digest:
+            result = calibrate(
+                recipe.checkpoint,
+                recipe.spec,
+                _embeddings(recipe, unfinished / "encoder"),
+                work_folder=unfinished / "layers",
+                samples_digest=digest,
+                on_progress=recipe.on_progress,
+            )
+            result.save(folder / RESULT_NAME)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        counts = {"samples": result.samples, "tokens": result.tokens}
+        return {**counts, "samples_digest": result.samples_digest, "vision": vision}
 
-    settings, tools = recipe.calibration_settings(), ("torch", "onnxruntime")
+    tools = ("torch", "onnxruntime")
     return Step("calibrate-llm", recipe.calibration_result_folder, inputs, settings, make, tools, resumes=True)
 
 
@@ -155,7 +164,7 @@ def require_calibration(recipe: Recipe) -> None:
             f"profile {recipe.profile.name!r} needs no calibration of its decoder: {why}",
             hint="go on with `nvlm quantize-llm`",
         )
-    recipe.samples()
+    ServedPrompts(recipe.prompts(), recipe.spec, recipe.profile).require(recipe.placed_samples())
 
 
 def require_scales(recipe: Recipe) -> None:
@@ -207,6 +216,10 @@ def _calibration(recipe: Recipe) -> CalibrationResult | None:
     return CalibrationResult.load(recipe.calibration_result_folder / RESULT_NAME)
 
 
+def _digests(inputs: Mapping[str, Path]) -> dict[str, str]:
+    return {name: digest_of_input(path) for name, path in inputs.items()}
+
+
 def _embeddings(recipe: Recipe, work_folder: Path) -> Iterator[torch.Tensor]:
     """Of prompts and answers, in the checkpoint's type as the served decoder gets them; made only when asked for."""
     from nvlm_deploy.sample_embeddings import CachedEncoder, SampleEmbedder
@@ -214,5 +227,8 @@ def _embeddings(recipe: Recipe, work_folder: Path) -> Iterator[torch.Tensor]:
     encode = CachedEncoder(encoder_without_gpu(recipe, work_folder / "graph"), work_folder / "embeddings")
     table = recipe.checkpoint.tensor(EMBEDDING_TABLE)
     embedder = SampleEmbedder(recipe.prompts(), recipe.spec.tiling, encode, table)
-    for sample in recipe.samples():
-        yield embedder.prompt_and_answer(sample)
+    samples = recipe.placed_samples()
+    require_whole_pictures(samples)
+    for place, sample in samples:
+        with blamed_on(place):
+            yield embedder.prompt_and_answer(sample)

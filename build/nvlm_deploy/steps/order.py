@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 
-from nvlm_deploy.pipeline import Pipeline, Step, require_current
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.pipeline import Pipeline, State, Step, require_current, state_of
 from nvlm_deploy.recipe import Recipe
-from nvlm_deploy.steps.assembly import assemble
+from nvlm_deploy.recipe import steps_of_build as steps_of_build  # beside the steps themselves
+from nvlm_deploy.steps.assembly import assemble, require_room
+from nvlm_deploy.steps.calibration_list import warn_of_too_few
 from nvlm_deploy.steps.decoder import (
-    TENSORRT_LLM,
     build_llm,
     calibrate_llm,
     export_hf,
@@ -39,7 +42,7 @@ READS = {
     "quantize-llm": ("calibrate-llm",),
     "export-hf": ("calibrate-llm",),
     "build-llm": ("quantize-llm",),
-    "assemble": ("build-vision", "quantize-llm"),
+    "assemble": ("build-vision", "quantize-llm", "build-llm"),
 }
 
 
@@ -51,30 +54,40 @@ def pipeline_of(recipe: Recipe, only: str | None = None, *, dry_run: bool = Fals
     """
     names = steps_of_build(recipe) if only is None else [only]
     _require_inputs(recipe, names, dry_run=dry_run)
-    if only is not None and not dry_run:
+    if only is not None and not dry_run and not _is_calibrated_elsewhere(recipe, only):
         _require_current_inputs(recipe, only)
     makers = {name: partial(STEPS[name], recipe) for name in names}
     return Pipeline(recipe.workspace / "engines" / ".lock", makers, profile=recipe.profile.model_dump(mode="json"))
 
 
-def steps_of_build(recipe: Recipe) -> list[str]:
-    """The steps of `nvlm build` with this profile: a Hugging Face folder is made only when asked for by its name."""
-    engines = recipe.profile.decoder.runtime == TENSORRT_LLM
-    left_out = {"export-hf", "assemble" if engines else "build-llm"}
-    if not recipe.calibrates_decoder:
-        left_out.add("calibrate-llm")
-    return [name for name in STEPS if name not in left_out]
-
-
 def _require_current_inputs(recipe: Recipe, step: str) -> None:
     for before in READS.get(step, ()):
         if before in steps_of_build(recipe):
-            _require_current_inputs(recipe, before)
+            # which encoder a calibration saw is in its key: that may be gone, or lie with another profile
+            if before != "calibrate-llm":
+                _require_current_inputs(recipe, before)
             require_current(STEPS[before](recipe))
+
+
+def _is_calibrated_elsewhere(recipe: Recipe, step: str) -> bool:
+    """Whether all that a calibration would be is here already, by way of another profile's encoder."""
+    if step != "calibrate-llm" or recipe.vision_folder.exists():
+        return False
+    return state_of(calibrate_llm(recipe)) is State.UP_TO_DATE
+
+
+def _require_readable_names(*folders: Path) -> None:
+    """Raises NvlmError for a path of bytes that are no text: ONNX's libraries take none."""
+    for folder in folders:
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError:
+            raise NvlmError(f"the path {str(folder)!a} is not UTF-8", hint="rename its folders") from None
 
 
 def _require_inputs(recipe: Recipe, steps: Collection[str], *, dry_run: bool) -> None:
     spec = recipe.spec  # first of all: whatever else is wrong, a checkpoint that is not one is said as that
+    _require_readable_names(recipe.workspace, recipe.checkpoint_folder)
     recipe.prompts().require_matches(spec)
     recipe.require_lengths()
     if "build-vision" in steps:
@@ -87,7 +100,10 @@ def _require_inputs(recipe: Recipe, steps: Collection[str], *, dry_run: bool) ->
         require_engines(recipe)
         if not dry_run:
             require_engine_builder()
+    if "assemble" in steps:
+        require_room(recipe)
     if "calibrate-llm" in steps:
         require_calibration(recipe)
-    if "export-vision" in steps and recipe.profile.vision.precision == "fp8":
-        recipe.samples()
+    quantises_encoder = "export-vision" in steps and recipe.profile.vision.precision == "fp8"
+    if quantises_encoder or "calibrate-llm" in steps:
+        warn_of_too_few(recipe.placed_samples(), recipe.profile)

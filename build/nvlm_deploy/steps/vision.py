@@ -15,9 +15,10 @@ from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import Recipe
-from nvlm_deploy.sample_embeddings import tiles_of_file
+from nvlm_deploy.sample_embeddings import tiles_of_file, tiles_of_pictures
 from nvlm_deploy.samples import Sample
 from nvlm_deploy.sku import load_sku
+from nvlm_deploy.steps.calibration_list import require_whole_pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,9 @@ def build_vision(recipe: Recipe) -> Step:
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.vision.numerics.check import require_numerics
 
-        samples = recipe.samples() if recipe.calibration_folder else ()
+        placed = recipe.placed_samples() if recipe.calibration_folder else []
+        require_whole_pictures(placed)
+        samples = [sample for _, sample in placed]
         count = end_tiles(recipe.spec, choice.gate_tiles, choice.precision, samples)
         tiles = gate_tiles(recipe.spec, count, samples)
         report = require_numerics(recipe.vision_onnx, recipe.checkpoint, recipe.spec, tiles, bisected=choice.gate_tiles)
@@ -184,5 +187,5 @@ def _fp8_source(recipe: Recipe) -> Fp8Source:
     from nvlm_deploy.vision.qdq import Fp8Choice
 
     choice = recipe.profile.vision
-    tiles = [tiles_of_file(path, recipe.spec.tiling) for path in _pictures(recipe.samples())]
-    return Fp8Source(Fp8Choice(choice.weight_scales, choice.fp8_attention), tiles)
+    tiles = tiles_of_pictures(recipe.placed_samples(), recipe.spec.tiling)
+    return Fp8Source(Fp8Choice(choice.weight_scales, choice.fp8_attention), [*tiles.values()])

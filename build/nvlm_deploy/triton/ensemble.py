@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nvlm_deploy import tensors
 from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.model.tiling import MAX_PIXELS
 from nvlm_deploy.tensors import TensorSpec
-from nvlm_deploy.triton.pbtxt import DynamicBatching, EnsembleStep, ModelConfig, TensorConfig
+from nvlm_deploy.triton.choices import ServingChoices
+from nvlm_deploy.triton.decoder import DECODER, decoder_config
+from nvlm_deploy.triton.pbtxt import EnsembleStep, ModelConfig, TensorConfig, text_parameters
 from nvlm_deploy.triton.wiring import require_wired
 
-ENSEMBLE, PREPROCESSING, VISION, DECODER, POSTPROCESSING = (
-    "nvlm",
-    "preprocessing",
-    "vision_encoder",
-    "tensorrt_llm",
-    "postprocessing",
-)
-PYTHON_MODELS = (PREPROCESSING, VISION, DECODER, POSTPROCESSING)
-
-
-@dataclass(frozen=True)
-class ServingChoices:
-    """What an operator chooses about serving; all lengths in tokens."""
-
-    max_batch_size: int = 8
-    max_seq_len: int = 1024
-    max_images: int = 16
-    default_max_tokens: int = 128
-    prompt_wrapper: str = "chat"
-    max_num_tokens: int = 8192
-    max_waiting_requests: int = 1024
-    max_pixels: int = MAX_PIXELS
-    vision_runtime: str = "onnxruntime"
-    max_tiles_per_run: int = 16
-    compute_dtype: str = "float32"
-    kv_cache_dtype: str = "float32"
-    threads: int = 1
-    preprocessing_instances: int = 1
-    preprocessing_threads: int = 2
+ENSEMBLE, PREPROCESSING, VISION, POSTPROCESSING = "nvlm", "preprocessing", "vision_encoder", "postprocessing"
 
 
 def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest: str) -> tuple[ModelConfig, ...]:
@@ -48,7 +21,7 @@ def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest:
     configs = (
         _preprocessing(spec, choices, vision_digest),
         _vision_encoder(spec, choices),
-        _decoder(spec, choices),
+        decoder_config(spec, choices),
         _postprocessing(spec),
         _ensemble(),
     )
@@ -80,34 +53,6 @@ def _vision_encoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
     }
     outputs = tuple(output.with_axes(hidden=spec.decoder.hidden_size) for output in tensors.PROMPT_TABLE)
     return _python_model(VISION, (_tiles(spec),), outputs, parameters)
-
-
-def _decoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
-    """The C++ backend's whole interface, whichever decoder is behind it."""
-    ragged = {tensors.INPUT_IDS.name, tensors.PROMPT_EMBEDDING_TABLE.name}
-    hidden = spec.decoder.hidden_size
-    parameters = {
-        "max_batch_size": choices.max_batch_size,
-        "max_seq_len": choices.max_seq_len,
-        "max_num_tokens": choices.max_num_tokens,
-        "max_waiting_requests": choices.max_waiting_requests,
-        "compute_dtype": choices.compute_dtype,
-        "kv_cache_dtype": choices.kv_cache_dtype,
-        "threads": choices.threads,
-    }
-    return ModelConfig(
-        name=DECODER,
-        backend="python",
-        max_batch_size=choices.max_batch_size,
-        inputs=tuple(
-            TensorConfig.from_spec(tensor.with_axes(hidden=hidden), ragged=tensor.name in ragged)
-            for tensor in tensors.DECODER_INPUTS
-        ),
-        outputs=tuple(TensorConfig.from_spec(tensor) for tensor in tensors.DECODER_OUTPUTS),
-        parameters=_as_text(parameters),
-        decoupled=True,
-        batching=DynamicBatching(),
-    )
 
 
 def _postprocessing(spec: ModelSpec) -> ModelConfig:
@@ -144,12 +89,8 @@ def _python_model(
         max_batch_size=0,
         inputs=tuple(TensorConfig.from_spec(spec) for spec in inputs),
         outputs=tuple(TensorConfig.from_spec(spec) for spec in outputs),
-        parameters=_as_text(parameters),
+        parameters=text_parameters(parameters),
     )
-
-
-def _as_text(parameters: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((key, str(value)) for key, value in parameters.items()))
 
 
 def _tiles(spec: ModelSpec) -> TensorSpec:

@@ -85,9 +85,14 @@ def prepare_backend(installation: Installation, folder: Path) -> None:
     for part in (*installation.python_backend.iterdir(), installation.stub):
         if part.is_file():
             link_or_copy(part, backend / part.name)
-    roots = {Path(root).resolve() for root in import_module("nvlm_deploy").__path__}
-    for part in (part for root in roots for part in root.glob("[a-z]*")):
-        (package / part.name).symlink_to(part)
+    for name, part in _parts_of_this_package().items():
+        (package / name).symlink_to(part)
+
+
+def _parts_of_this_package() -> dict[str, Path]:
+    """The rooms by name. Where two clones are on the path, each is of the first that has it, as for Python's import."""
+    roots = [Path(root).resolve() for root in import_module("nvlm_deploy").__path__]
+    return {part.name: part for root in reversed(roots) for part in root.glob("[a-z]*")}
 
 
 def server_environment(installation: Installation, *, threads: int) -> dict[str, str]:

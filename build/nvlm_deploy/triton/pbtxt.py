@@ -6,8 +6,8 @@ parsed back and compared before anybody relies on it (facts/pains-and-anchors.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nvlm_deploy.errors import NvlmError
@@ -16,19 +16,27 @@ from nvlm_deploy.tensors import TensorSpec
 
 @dataclass(frozen=True)
 class TensorConfig:
-    """One input or output of a Triton model; `dims` leave out the batch dimension where the model batches."""
+    """One input or output of a Triton model; `dims` leave out the batch dimension where the model batches.
+
+    `reshape` is the form in which the backend gets it: () takes the axis of a single value away.
+    """
 
     name: str
     data_type: str
     dims: tuple[int, ...]
     optional: bool = False
     ragged: bool = False
+    reshape: tuple[int, ...] | None = None
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, *, batched: bool = False, ragged: bool = False) -> TensorConfig:
         """The config of a border tensor; with `batched` its first axis is the batch and is left out."""
         dims = tuple(spec.triton_dims)[1:] if batched else tuple(spec.triton_dims)
         return cls(spec.name, spec.triton_type, dims, spec.optional, ragged)
+
+    def reshaped(self, shape: tuple[int, ...]) -> TensorConfig:
+        """The same tensor, given to the backend in another form."""
+        return replace(self, reshape=shape)
 
 
 @dataclass(frozen=True)
@@ -42,15 +50,19 @@ class EnsembleStep:
 
 @dataclass(frozen=True)
 class DynamicBatching:
-    """Triton's dynamic batcher with a bounded queue (0 = unbounded)."""
+    """Triton's dynamic batcher with a bounded queue (0 = unbounded) and the batch sizes it waits for."""
 
     max_queue_delay_us: int = 0
     max_queue_size: int = 0
+    preferred: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A complete Triton model configuration: nothing in it is left to auto-complete."""
+    """A complete Triton model configuration: nothing in it is left to auto-complete.
+
+    `left_empty` are parameters that the backend insists on finding, and that are to say nothing.
+    """
 
     name: str
     backend: str
@@ -62,6 +74,7 @@ class ModelConfig:
     instances: int = 1
     decoupled: bool = False
     batching: DynamicBatching | None = None
+    left_empty: tuple[str, ...] = ()
 
     @property
     def is_ensemble(self) -> bool:
@@ -75,6 +88,12 @@ class ModelConfig:
     def parameter(self, key: str) -> str | None:
         """The string value of parameter `key`."""
         return dict(self.parameters).get(key)
+
+
+def text_parameters(parameters: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """As a ModelConfig holds them: sorted; switches in small letters, as Triton's own files write them."""
+    texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in parameters.items()}
+    return tuple(sorted(texts.items()))
 
 
 def config_text(config: ModelConfig) -> str:
@@ -117,6 +136,8 @@ def _message_from(config: ModelConfig) -> Any:
     message.output.extend(_tensor_message(pb.ModelOutput(), tensor, is_input=False) for tensor in config.outputs)
     for key, value in config.parameters:
         message.parameters[key].string_value = value
+    for key in config.left_empty:
+        message.parameters[key].string_value = ""
     if config.is_ensemble:
         message.platform = "ensemble"
         message.ensemble_scheduling.step.extend(_step_message(pb, step) for step in config.steps)
@@ -125,6 +146,7 @@ def _message_from(config: ModelConfig) -> Any:
         message.instance_group.add(count=config.instances, kind=pb.ModelInstanceGroup.KIND_CPU)
         message.model_transaction_policy.decoupled = config.decoupled
     if config.batching is not None:
+        message.dynamic_batching.preferred_batch_size.extend(config.batching.preferred)
         message.dynamic_batching.max_queue_delay_microseconds = config.batching.max_queue_delay_us
         message.dynamic_batching.default_queue_policy.max_queue_size = config.batching.max_queue_size
     return message
@@ -139,6 +161,9 @@ def _tensor_message(message: Any, tensor: TensorConfig, *, is_input: bool) -> An
     if is_input:
         message.optional = tensor.optional
         message.allow_ragged_batch = tensor.ragged
+    if tensor.reshape is not None:
+        message.reshape.SetInParent()
+        message.reshape.shape.extend(tensor.reshape)
     return message
 
 
@@ -151,17 +176,19 @@ def _step_message(pb: Any, step: EnsembleStep) -> Any:
 
 def _config_from(message: Any) -> ModelConfig:
     groups = list(message.instance_group)
+    parameters = {key: value.string_value for key, value in message.parameters.items()}
     return ModelConfig(
         name=message.name,
         backend=message.backend,
         max_batch_size=message.max_batch_size,
         inputs=_tensors_from(message.input),
         outputs=_tensors_from(message.output),
-        parameters=tuple(sorted((key, value.string_value) for key, value in message.parameters.items())),
+        parameters=tuple(sorted((key, value) for key, value in parameters.items() if value)),
         steps=tuple(_step_from(step) for step in message.ensemble_scheduling.step),
         instances=groups[0].count if groups else 1,
         decoupled=message.model_transaction_policy.decoupled,
         batching=_batching_from(message),
+        left_empty=tuple(sorted(key for key, value in parameters.items() if not value)),
     )
 
 
@@ -175,6 +202,7 @@ def _tensors_from(messages: Iterable[Any]) -> tuple[TensorConfig, ...]:
             dims=tuple(message.dims),
             optional=getattr(message, "optional", False),
             ragged=getattr(message, "allow_ragged_batch", False),
+            reshape=tuple(message.reshape.shape) if message.HasField("reshape") else None,
         )
         for message in messages
     )
@@ -190,4 +218,5 @@ def _batching_from(message: Any) -> DynamicBatching | None:
     if not message.HasField("dynamic_batching"):
         return None
     policy = message.dynamic_batching
-    return DynamicBatching(policy.max_queue_delay_microseconds, policy.default_queue_policy.max_queue_size)
+    size = policy.default_queue_policy.max_queue_size
+    return DynamicBatching(policy.max_queue_delay_microseconds, size, tuple(policy.preferred_batch_size))

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, some
-from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.fingerprint import Fingerprint, fingerprints_of, mismatches, require_fitting
+from nvlm_deploy.errors import MachineError, NvlmError, RejectedError
+from nvlm_deploy.fingerprint import (
+    TENSORRT,
+    TENSORRT_LLM,
+    TENSORRT_RTX,
+    VERSION_MEND,
+    Fingerprint,
+    fingerprints_of,
+    mismatches,
+    require_fitting,
+)
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT
 from nvlm_deploy.machine.nvidia_smi import Gpus, gpus_here
 from nvlm_deploy.triton.repository import read_repository
 from nvlm_deploy.verification import DEFAULT_DEMAND, Demand, verified
 
-# of any runtime, in a folder MODEL/VERSION
-_ENGINES = ("*/*/*.plan", "*/*/*.engine")
+log = logging.getLogger(__name__)
+
+# in a folder MODEL/VERSION, and the runtimes that build such a file
+_ENGINES = {"*/*/*.plan": (TENSORRT, TENSORRT_RTX), "*/*/*.engine": (TENSORRT_LLM,)}
 
 
 def require_servable(repository: Path, demand: Demand = DEFAULT_DEMAND) -> None:
-    """Raises NvlmError naming every byte, signature, list or machine that is another than when it was built."""
-    read_repository(repository)
+    """Raises RejectedError naming every byte, signature, list or machine that is another than when it was built.
+
+    NvlmError for a folder that is no repository, MachineError where no driver answers for the engines in it.
+    """
+    if not (repository / MANIFEST_NAME).exists():
+        read_repository(repository)
     found = verified(repository, demand)
     if not found.passed:
         sentences = "\n".join(f"  {problem.what}" for problem in found.problems)
         mends = dict.fromkeys(problem.mend for problem in found.problems)
-        raise NvlmError(f"{repository} is not what was built:\n{sentences}", hint="; or ".join(mends))
+        raise RejectedError(f"{repository} is not what was built:\n{sentences}", hint="; or ".join(mends))
+    for note in found.not_looked_at:
+        log.info("not looked at: %s", note)
+    read_repository(repository)
     _require_this_machine(repository)
 
 
 def _require_this_machine(repository: Path) -> None:
     fingerprints = fingerprints_of(read_manifest(repository), str(repository))
-    engines = [path for pattern in _ENGINES for path in repository.glob(pattern)]
-    if engines and not fingerprints:
-        raise NvlmError(
-            f"{repository} does not say what machine {engines[0].name} was built on",
-            hint="`nvlm build` makes it again; what was built before engines had fingerprints is not served",
-        )
+    for pattern, runtimes in _ENGINES.items():
+        engine = next(iter(sorted(repository.glob(pattern))), None)
+        if engine and not any(fingerprint.runtime in runtimes for fingerprint in fingerprints.values()):
+            raise RejectedError(
+                f"{repository} does not say what machine {engine.name} was built on",
+                hint="`nvlm build` makes it again; what was built before engines had fingerprints is not served",
+            )
     try:
         require_fitting(fingerprints, str(repository))
     except NvlmError as problem:
-        kind = MachineError if isinstance(problem, MachineError) else NvlmError
         beside = some(_fitting_neighbours(repository)) or "none"
         fitting = f"  repositories beside it that would run here: {beside}"
-        raise kind(f"{problem.message}\n{fitting}", hint=f"{problem.hint}; {CONTAINERS_HINT}") from None
+        containers = f"; {CONTAINERS_HINT}" if VERSION_MEND in (problem.hint or "") else ""
+        raise type(problem)(f"{problem.message}\n{fitting}", hint=f"{problem.hint}{containers}") from None
 
 
 def remove_caches(repository: Path) -> None:

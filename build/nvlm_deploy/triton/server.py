@@ -1,10 +1,14 @@
-"""Runs the tritonserver that ships inside the nvidia-pytriton wheel, and leaves neither processes nor memory behind."""
+"""Runs the tritonserver that ships inside the nvidia-pytriton wheel, and leaves neither processes nor memory behind.
+
+Where the repository holds TensorRT-LLM's engines, the tritonserver of the container (engine_launch.py).
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,14 +22,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm_deploy.errors import MachineError
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.triton.engine_fit import EngineFacts
+from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
     Installation,
     find_installation,
     prepare_backend,
     server_environment,
 )
-from nvlm_deploy.triton.repository import read_repository
+from nvlm_deploy.triton.repository import engine_facts, read_repository
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where the python backend keeps its regions
 _MEMORY_PREFIX = "nvlm_"
@@ -61,15 +67,23 @@ class Ports:
             return cls(*(each.getsockname()[1] for each in sockets))
 
     def require_free(self) -> None:
-        """Raises MachineError naming the first port that is taken."""
+        """Raises MachineError naming the first port that is taken, NvlmError where two are the same."""
+        if not self.host:
+            raise NvlmError("no address to listen on", hint="--host 127.0.0.1, or 0.0.0.0 for every interface")
+        if len({self.grpc, self.http, self.metrics}) < 3:
+            raise NvlmError(
+                f"gRPC, HTTP and metrics need three ports, not {self.grpc}, {self.http}, {self.metrics}",
+                hint="choose others: --grpc-port, --http-port, --metrics-port",
+            )
         for name, port in (("gRPC", self.grpc), ("HTTP", self.http), ("metrics", self.metrics)):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((self.host, port))
-                except OSError as problem:
+                except (OSError, UnicodeError) as problem:  # a name with an empty part is no name for IDNA
+                    reason = problem.strerror if isinstance(problem, OSError) else "no such host name"
                     raise MachineError(
-                        f"{name} port {port} on {self.host} cannot be used: {problem.strerror}",
+                        f"{name} port {port} on {self.host} cannot be used: {reason}",
                         hint=f"stop what listens there (`ss -ltnp 'sport = :{port}'`) or choose another port",
                     ) from None
 
@@ -118,15 +132,17 @@ class TritonServer:
         Raises NvlmError for a folder that is no repository, MachineError for a port in use, a missing part, or a server
         that dies or is not ready in time; the message ends with the tail of its log.
         """
-        read_repository(self.repository)
+        facts = engine_facts(self.repository, read_repository(self.repository))
         self.choices.ports.require_free()
         remove_abandoned_memory()
-        installation = find_installation()
         with self._stack:
             scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nvlm-triton-")))
             self.log_file = self.choices.log_file or scratch / "tritonserver.log"
-            prepare_backend(installation, scratch / "backends")
-            self._start(installation, scratch)
+            folder = plain_path(self.repository, scratch)
+            if facts is None:
+                self._start(folder, *self._bundled(folder, scratch))
+            else:
+                self._start(folder, *self._of_container(folder, facts))
             self._stack.callback(self.stop)
             self._wait_until_ready()
             self._stack = self._stack.pop_all()
@@ -170,16 +186,31 @@ class TritonServer:
             lines = (line for line in log if line.strip() and not line.startswith(_DULL_LINES))
             return "".join(line[:400].rstrip() + "\n" for line in collections.deque(lines, maxlen=LOG_TAIL_LINES))
 
-    def _start(self, installation: Installation, scratch: Path) -> None:
-        command = [
-            *(sys.executable, "-c", _LAUNCHER, str(os.getpid())),
-            *server_command(installation, plain_path(self.repository, scratch), scratch / "backends", self.choices),
-            f"--backend-config=python,shm-region-prefix-name={self.memory_name}",
-        ]
-        environment = server_environment(installation, threads=self.choices.threads)
+    def _bundled(self, folder: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
+        """Command and environment of the wheel's server."""
+        installation = find_installation()
+        prepare_backend(installation, scratch / "backends")
+        command = server_command(installation, folder, scratch / "backends", self.choices)
+        command.append(f"--backend-config=python,shm-region-prefix-name={self.memory_name}")
+        return command, server_environment(installation, threads=self.choices.threads)
+
+    def _of_container(self, folder: Path, facts: EngineFacts) -> tuple[list[str], dict[str, str]]:
+        server, mpirun = require_engine_server(facts)
+        arguments = server_arguments(server, folder, self.choices)
+        return engine_command(arguments, facts, memory_name=self.memory_name, mpirun=mpirun), dict(os.environ)
+
+    def _start(self, folder: Path, command: list[str], environment: dict[str, str]) -> None:
+        """In the repository's folder: the decoder's config names its engines from there."""
+        tied = [sys.executable, "-c", _LAUNCHER, str(os.getpid()), *command]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                tied,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def _wait_until_ready(self) -> None:
@@ -219,13 +250,17 @@ def plain_path(repository: Path, scratch: Path) -> Path:
 
 
 def server_command(installation: Installation, repository: Path, backends: Path, choices: ServerChoices) -> list[str]:
-    """tritonserver's argument list."""
+    """The bundled tritonserver's argument list."""
+    places = [f"--backend-directory={backends}", f"--cache-directory={installation.caches}"]
+    return [*server_arguments(installation.server, repository, choices), *places]
+
+
+def server_arguments(server: Path, repository: Path, choices: ServerChoices) -> list[str]:
+    """What every tritonserver is told."""
     ports = choices.ports
     return [
-        str(installation.server),
+        str(server),
         f"--model-repository={repository}",
-        f"--backend-directory={backends}",
-        f"--cache-directory={installation.caches}",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={choices.exit_timeout_s}",
         *(f"--{kind}-address={ports.host}" for kind in ("grpc", "http", "metrics")),
@@ -234,6 +269,15 @@ def server_command(installation: Installation, repository: Path, backends: Path,
         f"--metrics-port={ports.metrics}",
         *choices.extra_arguments,
     ]
+
+
+def command_to_paste(repository: Path, choices: ServerChoices) -> str | None:
+    """What serves TensorRT-LLM's engines in their container; None for the bundled server, which is not one command."""
+    facts, folder = engine_facts(repository, read_repository(repository)), repository.resolve()
+    if facts is None:
+        return None
+    command = engine_command(server_arguments(CONTAINERS_SERVER, folder, choices), facts, memory_name="prefix")
+    return f"cd {shlex.quote(str(folder))} && {shlex.join(command)}"
 
 
 def kill_group(leader: subprocess.Popen[bytes], *, patience_s: float = 10.0) -> None:

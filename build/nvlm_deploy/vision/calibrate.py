@@ -6,8 +6,8 @@ never that of an already quantised input. The projector is not run: nothing in i
 
 from __future__ import annotations
 
-import json
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,10 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from nvlm_deploy.artifacts import write_text
-from nvlm_deploy.checkpoint.reader import Checkpoint, read_json
+from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.soundness import SoundChunks, magnitude
+from nvlm_deploy.checkpoint.unfinished import DamagedStatesError, read_sealed_json, write_sealed_json
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.spec import ModelSpec, VisionSpec
+from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.progress import Progress, silent
 from nvlm_deploy.vision.calibration_state import CalibrationState, Finished, calibration_digest
 from nvlm_deploy.vision.qdq import LINEAR_INPUTS
@@ -51,17 +52,23 @@ class VisionCalibration:
 
     def save(self, path: Path) -> None:
         """As JSON; a float32 survives the decimal notation bit for bit."""
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_sealed_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> VisionCalibration:
-        """Raises NvlmError for a file that `save` did not write."""
-        document = read_json(path)
+        """Raises NvlmError for a file that `save` did not write, or with another byte."""
         try:
-            amax = {str(name): float(value) for name, value in document["amax"].items()}
-            return cls(amax, int(document["samples"]), int(document["tiles"]))
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
-            raise NvlmError(f"{path} is not a vision calibration: {problem}", hint="calibrate again") from problem
+            return cls(**read_sealed_json(path) or {})
+        except TypeError:
+            raise NvlmError(f"{path} is not a vision calibration, or is damaged", hint="calibrate again") from None
+
+    @classmethod
+    def saved(cls, path: Path) -> VisionCalibration | None:
+        """As `load`; None where that would raise: a killed run had not got so far."""
+        try:
+            return cls.load(path)
+        except NvlmError:
+            return None
 
 
 def calibrate_vision(
@@ -76,22 +83,29 @@ def calibrate_vision(
 
     Hidden states between stages (13 MB a tile at full size, twice while a stage runs) lie in `work_folder`, or else in
     a temporary one. A run that was killed resumes there at the stage it was in, with the same result; a state of other
-    weights or pictures, or computed on another kind of device, is not used. On a GPU when there is one. Dummy heads
-    are included: those that are zero, and so left out of the graph, add nothing to an amax.
+    weights or pictures, computed on another kind of device, or with other bytes than were written, is not used. On a
+    GPU when there is one. Dummy heads are included: those that are zero, and so left out of the graph, add nothing to
+    an amax.
 
     Raises NvlmError for weights or activations that are not finite and for linears or inputs that are all zero.
     """
     _require_pictures(pictures, spec.vision.image_size)
-    quantised_part = stages(spec.vision)[:-1]
     with _state(checkpoint, spec, pictures, work_folder) as state:
-        finished = state.finished()
-        for number, stage in enumerate(quantised_part[finished.stages :], start=finished.stages + 1):
-            step = _Step(state, pictures, number, on_progress)
-            amax = step.through(_ObservedStage(stage, checkpoint, spec), spec.vision)
-            finished = Finished(number, {**finished.amax, **amax})
-            state.record(finished)
-            log.info("calibrated vision stage %d of %d: %s", number, len(quantised_part), stage.name)
+        work = _Stages(checkpoint, spec, pictures, state, on_progress)
+        finished = _resumed(work) or work.from_stage(Finished())
     return VisionCalibration(finished.amax, len(pictures), sum(map(len, pictures)))
+
+
+def _resumed(work: _Stages) -> Finished | None:
+    """What a killed run's state leads to; None where there is none to be used."""
+    finished = work.state.finished()
+    if not finished.stages:
+        return None
+    try:
+        return work.from_stage(finished)
+    except DamagedStatesError as problem:
+        log.warning("%s: calibrating from the first stage again", problem.message)
+        return None
 
 
 @contextmanager
@@ -108,35 +122,44 @@ def _state(
 
 
 @dataclass(frozen=True)
-class _Step:
-    """All pictures through stage `number`, counted from 1."""
+class _Stages:
+    """All pictures through all stages that FP8 is about, which are counted from 1."""
 
-    state: CalibrationState
+    checkpoint: Checkpoint
+    spec: ModelSpec
     pictures: Sequence[Tiles]
-    number: int
+    state: CalibrationState
     on_progress: Progress
 
-    def through(self, stage: _ObservedStage, vision: VisionSpec) -> dict[str, float]:
-        """The amax found; the hidden states are written for the next stage, which the last block has not."""
-        before, blocks = self.number - 1, vision.layers
-        inputs = self.state.hidden_states(before) if before else map(torch.tensor, self.pictures)
-        outputs = self._reported(stage.outputs(inputs), stage.stage.name, stages=blocks + 1)
-        if self.number <= blocks:
-            shapes = [(len(picture), vision.positions, vision.hidden_size) for picture in self.pictures]
-            self.state.write(self.number, shapes, outputs)
-        else:
-            for _ in outputs:  # they have to be finite all the same
-                pass
-        return stage.amax()
+    def from_stage(self, finished: Finished) -> Finished:
+        """From the first one that is not finished to the last, each recorded when it is."""
+        quantised_part = stages(self.spec.vision)[:-1]
+        for stage in quantised_part[finished.stages :]:
+            finished = self._through_one(_ObservedStage(stage, self.checkpoint, self.spec), finished)
+            self.state.record(finished)
+            log.info("calibrated vision stage %d of %d: %s", finished.stages, len(quantised_part), stage.name)
+        return finished
 
-    def _reported(self, outputs: Iterable[torch.Tensor], name: str, *, stages: int) -> Iterator[torch.Tensor]:
+    def _through_one(self, stage: _ObservedStage, before: Finished) -> Finished:
+        """The hidden states are written for the next stage, which the last block has not."""
+        vision, number, checksums = self.spec.vision, before.stages + 1, {}
+        inputs = self.state.hidden_states(before) if before.stages else map(torch.tensor, self.pictures)
+        outputs = self._reported(stage.outputs(inputs), stage.stage.name, number)
+        if number <= vision.layers:
+            shapes = [(len(picture), vision.positions, vision.hidden_size) for picture in self.pictures]
+            checksums = self.state.write(number, shapes, outputs)
+        else:
+            deque(outputs, maxlen=0)  # they have to be finite all the same
+        return Finished(number, {**before.amax, **stage.amax()}, checksums)
+
+    def _reported(self, outputs: Iterable[torch.Tensor], name: str, number: int) -> Iterator[torch.Tensor]:
         """Progress in bytes of pixels, which pass once through every stage."""
         pixels = sum(picture.nbytes for picture in self.pictures)
-        done = (self.number - 1) * pixels
+        done, total = (number - 1) * pixels, (self.spec.vision.layers + 1) * pixels
         for picture, output in zip(self.pictures, outputs, strict=True):
             yield output
             done += picture.nbytes
-            self.on_progress(f"calibrate vision: {name}", done, stages * pixels)
+            self.on_progress(f"calibrate vision: {name}", done, total)
 
 
 def _device() -> torch.device:
@@ -184,26 +207,14 @@ class _ObservedStage:
         return {f"{self.stage.name}.{name}": named[name] for name in (*LINEAR_INPUTS.values(), *ATTENTION_INPUTS)}
 
 
-def magnitude(x: torch.Tensor) -> torch.Tensor:
-    """Largest absolute value, a float32 scalar; NaN if there is one. No copy of x is made, unlike x.abs().max()."""
-    low, high = x.aminmax()
-    return torch.maximum(-low, high).float()
-
-
 def _weight_amax(stage: Stage, module: nn.Module) -> dict[str, torch.Tensor]:
     """Of the linears that may be quantised. Raises NvlmError for any weight that cannot be right."""
     found = {}
     for name, weight in module.state_dict().items():
-        amax, full_name = magnitude(weight), stage.prefix + name
-        if not torch.isfinite(amax):
-            raise NvlmError(f"tensor {full_name} holds NaN or infinity", hint="fetch its shard again")
+        chunks = SoundChunks(stage.prefix + name, iter((weight,)))
+        deque(chunks, maxlen=0)
         if stage.kind == "block" and name.removesuffix(".weight") in LINEAR_INPUTS:
-            found[full_name] = amax
-            if amax == 0:
-                raise NvlmError(
-                    f"tensor {full_name} is all zeros",
-                    hint="a download that stopped early looks like this: fetch its shard again",
-                )
+            found[chunks.name] = chunks.amax
     return found
 
 

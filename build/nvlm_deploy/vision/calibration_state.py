@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nvlm_deploy.artifacts import replace_file, sha256_of_json, write_text
-from nvlm_deploy.checkpoint.reader import read_json
+from nvlm_deploy.artifacts import replace_file, sha256_of_json
 from nvlm_deploy.checkpoint.stream import tensor_stream
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.checkpoint.unfinished import read_sealed_json, read_states, write_sealed_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,10 +26,11 @@ PROGRESS_NAME = "progress.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """How many stages are behind it, and the amax found in them."""
+    """How many stages are behind it, the amax found in them, and the checksums of each picture's hidden states."""
 
     stages: int = 0
     amax: Mapping[str, float] = field(default_factory=dict)
+    checksums: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,36 +51,33 @@ class CalibrationState:
         self._remove_others(finished.stages)
         return finished
 
-    def hidden_states(self, stages: int) -> Iterator[torch.Tensor]:
-        """After so many stages, float32 [tiles, positions, hidden] of each picture in order."""
-        from safetensors import safe_open
+    def hidden_states(self, finished: Finished) -> Iterator[torch.Tensor]:
+        """After its stages, float32 [tiles, positions, hidden] of each picture in order.
 
-        with safe_open(self._path(stages), framework="pt") as file:
-            for name in sorted(file.keys()):
-                yield file.get_tensor(name)
+        Raises DamagedStatesError for a file with another byte than was written, or for none.
+        """
+        for name in sorted(finished.checksums):
+            yield read_states(self._path(finished.stages), name, finished.checksums[name])
 
-    def write(self, stages: int, shapes: Sequence[tuple[int, ...]], states: Iterable[torch.Tensor]) -> None:
-        """Hidden states after so many stages, read back before they have their name."""
+    def write(self, stages: int, shapes: Sequence[tuple[int, ...]], states: Iterable[torch.Tensor]) -> dict[str, int]:
+        """Hidden states after so many stages, read back before they have their name; the checksum of each."""
         names = [f"picture.{number:06d}" for number in range(len(shapes))]
         header = {name: ("F32", shape) for name, shape in zip(names, shapes, strict=True)}
         with replace_file(self._path(stages)) as path, tensor_stream(path, header) as stream:
             for name, tensor in zip(names, states, strict=True):
                 stream.put(name, tensor)
+        return stream.checksums
 
     def record(self, finished: Finished) -> None:
         """From here a killed run goes on."""
-        document = {"digest": self.digest, **asdict(finished)}
-        write_text(self.folder / PROGRESS_NAME, json.dumps(document, indent=1) + "\n")
+        write_sealed_json(self.folder / PROGRESS_NAME, {"digest": self.digest, **asdict(finished)})
         self._remove_others(finished.stages)
 
     def _recorded(self) -> Finished:
-        try:
-            document = read_json(self.folder / PROGRESS_NAME)
-            if document["digest"] == self.digest:
-                return Finished(int(document["stages"]), {str(k): float(v) for k, v in document["amax"].items()})
-        except (AttributeError, KeyError, NvlmError, TypeError, ValueError):
-            pass  # none yet, or damaged: starting again costs time and loses nothing else
-        return Finished()
+        document = read_sealed_json(self.folder / PROGRESS_NAME)
+        if document is None or document["digest"] != self.digest:
+            return Finished()
+        return Finished(document["stages"], document["amax"], document["checksums"])
 
     def _remove_others(self, stages: int) -> None:
         for path in self.folder.glob("*hidden_states.*.safetensors"):

@@ -139,14 +139,14 @@ class VisionExport:
 
         assert self.fp8 is not None  # the caller has looked
         path, state = folder / CALIBRATION_NAME, folder / "calibration-state"
-        if not path.is_file():
-            state.mkdir(exist_ok=True)
+        calibration = VisionCalibration.saved(path)
+        if calibration is None:
             calibration = calibrate_vision(
                 self.checkpoint, self.spec, self.fp8.pictures, work_folder=state, on_progress=on_progress
             )
             calibration.save(path)
         shutil.rmtree(state, ignore_errors=True)
-        return VisionCalibration.load(path)
+        return calibration
 
     def graph(self) -> onnx_ir.Model:
         """The whole tower; its weights have names, shapes and types but no values yet."""
@@ -181,10 +181,11 @@ class VisionExport:
         return quantised_weights(weights, calibration, self.fp8.choice, head_size=self.vision.head_size)
 
     def _chunks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        from nvlm_deploy.checkpoint.soundness import SoundChunks
+
         is_pruned = self.vision != self.spec.vision
         stored = real_chunks(self.checkpoint, name, self.spec.vision) if is_pruned else self.checkpoint.chunks(name)
-        for chunk in stored:
-            _require_finite(name, chunk)
+        for chunk in SoundChunks(name, stored):
             cast = chunk.to(dtype)
             _require_fits(name, cast)
             yield cast
@@ -202,16 +203,6 @@ def _attach(model: onnx_ir.Model, slots: Mapping[str, Slot], data: Path) -> None
             value.const_value = onnx_ir.ExternalTensor(
                 *place, value.dtype, shape=value.shape, name=value.name, base_dir=data.parent
             )
-
-
-def _require_finite(name: str, chunk: torch.Tensor) -> None:
-    """By the extremes first: NaN becomes both of them, and `isfinite` would take as much memory as the chunk."""
-    if chunk.numel() and not all(extreme.isfinite() for extreme in chunk.aminmax()):
-        bad = int((~chunk.isfinite()).sum())
-        raise NvlmError(
-            f"tensor {name} holds at least {bad} value(s) that are NaN or infinite",
-            hint="the checkpoint is damaged: compare its shards' SHA-256 with the publisher's and fetch them again",
-        )
 
 
 def _require_fits(name: str, chunk: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def doctor(
     Driver, GPUs, MIG, memory, NVLink, libpython, glibc, versions, ports, shared memory and disk, against what a profile
     or a repository needs. With --container: versions, the flags of trtllm-build, and whether TensorRT-LLM reads our
     config.json and wants the tensors that we write. Builds nothing; run it first in a container that is new to you.
+    Exit code 1 when something is wrong.
     """
     from nvlm_deploy.errors import NvlmError
 
@@ -66,8 +68,11 @@ def doctor(
     place = Place(workspace, Ports(grpc_port, http_port, metrics_port, host))
     found = examination(_needs(profile, repository, checkpoint), place)
     what = profile or repository
-    good = f"{what} can run here" if what else f"profiles for this machine: {', '.join(found.profiles)}"
+    right_ones = f"profiles for this machine: {', '.join(found.profiles)}"
+    good = f"{what} can run here" if what else right_ones
     _show(found.findings, found.as_json(), good, json_output=json_output)
+    if what and not found.passed and not json_output:
+        print(wrapped(right_ones, first=0, rest=2))
     raise typer.Exit(0 if found.passed else 1)
 
 
@@ -94,11 +99,15 @@ def _show(findings: Sequence[Finding], document: object, good: str, *, json_outp
     if json_output:
         print(json.dumps(document, indent=2))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
+    fixed_by: dict[str, str] = {}
     for finding in findings:
         console.print("ok  " if finding.passed else "NO  ", style="green" if finding.passed else "bold red", end="")
-        console.print(f"{finding.check}: {finding.found}", markup=False)
+        console.print(wrapped(f"{finding.check}: {finding.found}", first=4, rest=4), markup=False)
         if finding.fix:
-            console.print(f"    fix: {finding.fix}", markup=False)
+            first = fixed_by.setdefault(finding.fix, finding.check)
+            fix = finding.fix if first == finding.check else f"the same as for {first}"
+            console.print(f"    fix: {wrapped(fix, first=9, rest=9)}", markup=False)
     wrong = sum(not finding.passed for finding in findings)
-    console.print(f"{len(findings)} things looked at, {wrong} wrong" if wrong else good)
+    last = f"{len(findings)} things looked at, {wrong} wrong" if wrong else good
+    console.print(wrapped(last, first=0, rest=2), markup=False)

@@ -23,7 +23,8 @@ def profiles(checkpoint: CheckpointOrNone = None, spec: SpecOption = None, json_
     from nvlm_deploy.llm.engine_machine import this_machine
     from nvlm_deploy.planning.known_models import DEFAULT_SPEC, planned_model
     from nvlm_deploy.planning.listing import list_profiles
-    from nvlm_deploy.report.planning import print_profiles, profiles_as_json
+    from nvlm_deploy.report.planning import print_profiles
+    from nvlm_deploy.report.planning_json import profiles_as_json
 
     model = planned_model(checkpoint, DEFAULT_SPEC if checkpoint is None and spec is None else spec)
     machine = this_machine()
@@ -31,4 +32,4 @@ def profiles(checkpoint: CheckpointOrNone = None, spec: SpecOption = None, json_
     if json_output:
         print(json.dumps(profiles_as_json(listed, machine, model.name), indent=2))
     else:
-        print_profiles(Console(), listed, machine, model.name)
+        print_profiles(Console(emoji=False), listed, machine, model.name)

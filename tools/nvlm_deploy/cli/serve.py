@@ -35,22 +35,26 @@ def serve(
     """Check the repository, start Triton, wait until every model is ready, and stop it cleanly on Ctrl-C.
 
     Refused is a repository with a byte other than it was built with, and one whose engines are bound to another GPU,
-    driver, TensorRT or TensorRT-LLM.
+    driver, TensorRT or TensorRT-LLM: exit code 1. Exit code 2 for a folder that is no repository, 3 where the machine
+    fails: no driver, a port in use, a server that dies.
     """
     from nvlm_deploy.errors import MachineError
     from nvlm_deploy.signature import public_key as key_in
     from nvlm_deploy.triton.servable import remove_caches, require_servable
-    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer, command_to_paste
     from nvlm_deploy.verification import Demand
 
     key = None if public_key is None else key_in(public_key)
     require_servable(repository, Demand(key, calibration=not ignore_calibration))
     ports = Ports(grpc_port, http_port, metrics_port, host)
+    choices = ServerChoices(ports, ready_timeout_s, log_file=log_file)
     if dry_run:
-        print(json.dumps({"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}))
+        command = command_to_paste(repository, choices)
+        would = {"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}
+        print(json.dumps(would | ({} if command is None else {"command": command})))
         return
     remove_caches(repository)
-    with TritonServer(repository, ServerChoices(ports, ready_timeout_s, log_file=log_file)) as server:
+    with TritonServer(repository, choices) as server:
         ready = {"grpc": server.grpc_url, "http": f"{host}:{http_port}", "process_id": server.process_id}
         print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)
         raise MachineError(f"tritonserver was stopped: {server.wait()}; its log ends:\n{server.log_tail()}")

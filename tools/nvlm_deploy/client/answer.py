@@ -85,7 +85,8 @@ class AnswerBuilder:
         text: str = values[tensors.TEXT_OUTPUT.name].decode()
         self._server_reason = values[tensors.FINISH_REASON.name].decode()
         self._input_tokens = values[tensors.INPUT_TOKEN_COUNT.name]
-        self._pieces.append(Piece(text, arrived_s, values[tensors.OUTPUT_TOKEN_COUNT.name]))
+        so_far = self._pieces[-1].output_tokens if self._pieces else 0
+        self._pieces.append(Piece(text, arrived_s, so_far + values[tensors.OUTPUT_TOKEN_COUNT.name]))
         return text
 
     def answer(self) -> Answer:

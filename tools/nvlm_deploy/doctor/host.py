@@ -149,25 +149,30 @@ def _shared_memory(needs: Needs | None) -> Finding:
 
 
 def _memory(needs: Needs | None) -> Finding:
-    """Host memory: that of a CPU profile holds the model; a builder's need is said by the build itself."""
+    """What the hungriest step of a build takes; where there is no GPU, also the model itself."""
     free = available_memory()
-    if needs is None or needs.spec is None or needs.has_gpu:
+    if needs is None or needs.spec is None:
         return Finding("host memory", True, f"{_size(free)} free")
-    from nvlm_deploy.planning.memory import memory_account, room_of
+    found, step = f"{_size(free)} free", needs.hungriest
+    if not needs.has_gpu:
+        from nvlm_deploy.planning.memory import memory_account, room_of
 
-    account = memory_account(needs.spec, needs.profile, room_of(needs.sku, free))
-    if account.fits:
-        return Finding(
-            "host memory", True, f"{_size(free)} free, {_size(account.needed_bytes(account.tightest))} needed"
-        )
-    fix = "take a machine with more memory, or a profile with a smaller max_seq_len or FP8 weights"
-    return Finding("host memory", False, f"{account.why_not} (derived)", fix)
+        account = memory_account(needs.spec, needs.profile, room_of(needs.sku, free))
+        if not account.fits:
+            fix = "take a machine with more memory, or a profile with a smaller max_seq_len or FP8 weights"
+            return Finding("host memory", False, f"{account.why_not} (derived)", fix)
+        found += f", {_size(account.needed_bytes(account.tightest))} needed to serve"
+    if step is None:
+        return Finding("host memory", True, found)
+    found += f", {_size(step.host_bytes)} needed to build ({step.name}, {step.host_evidence})"
+    fix = f"give this machine more memory, or build on a larger one of its kind: `nvlm {step.name}` is that step alone"
+    return Finding("host memory", free >= step.host_bytes, found, None if free >= step.host_bytes else fix)
 
 
 def _disk(needs: Needs | None, workspace: Path) -> Finding:
     free, wanted = free_bytes(workspace), needs.disk_bytes if needs else 0
     found = f"{_size(free)} free for {workspace}" + (f", {_size(wanted)} needed to build (derived)" if wanted else "")
-    fix = "free space, or choose another disk: --workspace"
+    fix = "free space (`df -h`), or choose another disk: `--workspace FOLDER`"
     return Finding("disk", free >= wanted, found, None if free >= wanted else fix)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvlm_deploy.artifacts import Manifest, read_manifest
-from nvlm_deploy.errors import NvlmError
+from pydantic import ValidationError
+
+from nvlm_deploy.artifacts import Manifest, read_manifest, sha256_of
+from nvlm_deploy.errors import NvlmError, faults_of
 from nvlm_deploy.fingerprint import Fingerprint, fingerprints_of
+from nvlm_deploy.llm.engine_machine import available_memory
 from nvlm_deploy.profile import Profile, load_profile
 from nvlm_deploy.sku import Sku, load_sku
 
 if TYPE_CHECKING:
     from nvlm_deploy.model.spec import ModelSpec
+    from nvlm_deploy.planning.build_steps import StepEstimate
 
 TENSORRT_LLM = "tensorrt_llm"
 BF16_BYTES = 2
@@ -22,12 +26,12 @@ BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class Needs:
-    """`spec` is None where no model was named; `builds` says whether engines are still to be made here."""
+    """`spec` is None where no model was named; `steps` are those of the build, where there is still one to be done."""
 
     profile: Profile
     sku: Sku
     spec: ModelSpec | None
-    builds: bool
+    steps: Sequence[StepEstimate] = ()
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     @property
@@ -50,15 +54,13 @@ class Needs:
 
     @property
     def disk_bytes(self) -> int:
-        """All that `nvlm build` writes: graph, vision engine, its copy in the repository, ranks, their engines."""
-        if self.spec is None or not self.builds:
-            return 0
-        from nvlm_deploy.planning.weights import decoder_bytes, layout_of, vision_engine_bytes
+        """All that `nvlm build` leaves, as `nvlm plan` counts it."""
+        return sum(step.disk_bytes for step in self.steps)
 
-        layout = layout_of(self.spec, self.profile)
-        ranks = sum(decoder_bytes(layout, rank).total for rank in range(layout.parallelism.world_size))
-        copies = 2 if self.in_container else 1
-        return 3 * vision_engine_bytes(self.spec, self.profile.vision.precision) + copies * ranks
+    @property
+    def hungriest(self) -> StepEstimate | None:
+        """The step that takes the most host memory."""
+        return max(self.steps, key=lambda step: step.host_bytes, default=None)
 
     @property
     def shared_memory_bytes(self) -> int:
@@ -74,14 +76,18 @@ class Needs:
 
 
 def needs_of_profile(profile: Profile, checkpoint: Path | None) -> Needs:
-    """For building and serving. Without a checkpoint: of NVLM-D-72B on GPUs, of no model in particular without."""
+    """For building and serving. Without a checkpoint: of NVLM-D-72B on GPUs, of no model in particular without.
+
+    Raises NvlmError for a profile that cannot be, as `nvlm plan` does.
+    """
     from nvlm_deploy.planning.known_models import DEFAULT_SPEC, planned_model
+    from nvlm_deploy.planning.plan import make_plan
 
     sku = load_sku(profile.sku)
     if checkpoint is None and sku.compute_capability is None:
-        return Needs(profile, sku, None, builds=True)
+        return Needs(profile, sku, None)
     model = planned_model(checkpoint, None if checkpoint else DEFAULT_SPEC)
-    return Needs(profile, sku, model.spec, builds=True)
+    return Needs(profile, sku, model.spec, make_plan(model, profile, available_memory()).steps)
 
 
 def needs_of_repository(repository: Path) -> Needs:
@@ -92,10 +98,13 @@ def needs_of_repository(repository: Path) -> Needs:
     found = sorted(repository.glob(f"*/*/{SPEC_FILE}"))
     if not found:
         raise NvlmError(f"{repository} holds no {SPEC_FILE}: not a repository of ours", hint="`nvlm build` makes one")
+    name = found[0].relative_to(repository).as_posix()
+    if manifest.outputs.get(name) != sha256_of(found[0]):
+        raise NvlmError(f"{found[0]} is not what was built", hint=f"`nvlm verify {repository}` says what else is not")
     profile = _profile_of(manifest, repository)
     spec = spec_from_json(found[0].read_text(encoding="utf-8"))
     fingerprints = fingerprints_of(manifest, str(repository))
-    return Needs(profile, load_sku(profile.sku), spec, builds=False, fingerprints=fingerprints)
+    return Needs(profile, load_sku(profile.sku), spec, fingerprints=fingerprints)
 
 
 def _profile_of(manifest: Manifest, repository: Path) -> Profile:
@@ -103,8 +112,9 @@ def _profile_of(manifest: Manifest, repository: Path) -> Profile:
     if manifest.profile is not None:
         try:
             return Profile.model_validate(dict(manifest.profile))
-        except ValueError as problem:
-            raise NvlmError(f"{repository}: its profile is of another version of this tool: {problem}") from None
+        except ValidationError as problem:
+            message = f"{repository}: its profile is of another version of this tool: {faults_of(problem)}"
+            raise NvlmError(message, hint="build it again") from None
     name = manifest.settings.get("profile")
     if not isinstance(name, str):
         raise NvlmError(f"{repository} does not say its profile", hint="assemble it again: `nvlm build`")

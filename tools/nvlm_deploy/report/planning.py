@@ -1,11 +1,10 @@
-"""Plans and lists of profiles: text 80 columns wide for people, and the same numbers for programs."""
+"""Plans and lists of profiles for people: text as wide as the terminal. For programs: planning_json.py."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,17 +12,16 @@ from rich.table import Table
 
 from nvlm_deploy.llm.engine_machine import Machine
 from nvlm_deploy.planning.listing import RUNNABLE, VERDICTS, Listed, sku_of_machine
-from nvlm_deploy.planning.memory import GIB, GpuAccount, kv_bytes_per_token
+from nvlm_deploy.planning.memory import GIB, MIB, GpuAccount, kv_bytes_per_token
 from nvlm_deploy.planning.plan import Plan, legal_splits
-from nvlm_deploy.planning.roofline import EFFICIENCY
+from nvlm_deploy.planning.roofline import EFFICIENCY, has_nvlink
 from nvlm_deploy.planning.serving import Prediction
 from nvlm_deploy.planning.slo import RULE, Choice
 from nvlm_deploy.planning.weights import layout_of, whole_decoder_bytes
+from nvlm_deploy.report.planning_json import STAGE_EVIDENCE, TESTED_ERROR
 
-# median absolute error over the published rows that the constants were not fitted to (tests/bench/bench_predictions.py)
-TESTED_ERROR = "11 %"
-STAGE_EVIDENCE = {"preprocess": "measured"}
 _MOST_COLUMNS = 4
+_LEAST_WIDTH = 20
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -82,117 +80,21 @@ def system_sentence(machine: Machine) -> str:
     return f"{len(machine.gpus)} x {machine.gpus[0].name} ({sku}), {host}"
 
 
-def plan_as_json(plan: Plan, choice: Choice | None = None) -> dict[str, Any]:
-    """Every number of the plan; bytes, seconds and tokens unrounded, each group with its evidence."""
-    memory = plan.memory
-    document: dict[str, Any] = {
-        "model": _model_as_json(plan),
-        "profile": plan.profile.name,
-        "sku": plan.sku.name,
-        "gpus": plan.gpus,
-        "price_usd_per_hour": plan.price_usd_per_hour,
-        "fits": memory.fits,
-        "why_not": None if memory.fits else memory.why_not,
-        "legal_splits": [list(split) for split in legal_splits(plan.model.spec, plan.sku.gpus_per_server or 1)],
-        "memory": [_gpu_as_json(plan, gpu) for gpu in memory.gpus],
-        "kv_cache": {
-            "bytes_per_token": memory.kv_bytes_per_token,
-            "tokens": memory.kv_tokens,
-            "requests_of_max_seq_len": memory.requests(plan.profile.decoder.max_seq_len),
-            "requests_of_workload": plan.requests,
-            "evidence": "derived",
-        },
-        "steps": [asdict(step) for step in plan.steps],
-        "workload": {**asdict(plan.workload), "prompt_tokens": plan.workload.prompt_tokens(plan.model.spec)},
-        "refused_request": plan.refused_request,
-        "prediction": _prediction_as_json(plan),
-    }
-    if choice is not None:
-        document["slo"] = {
-            "cheapest": None if choice.cheapest is None else choice.cheapest.profile.name,
-            "meeting": [other.profile.name for other in choice.meeting],
-            "missed": {name: list(reasons) for name, reasons in choice.reasons.items()},
-            "rule": RULE,
-        }
-    return document
-
-
-def profiles_as_json(listed: Sequence[Listed], machine: Machine, model_name: str) -> dict[str, Any]:
-    return {
-        "system": {
-            "gpus": [asdict(gpu) for gpu in machine.gpus],
-            "sku": sku_of_machine(machine),
-            "available_bytes": machine.available_bytes,
-        },
-        "model": model_name,
-        "profiles": [_listed_as_json(row) for row in listed],
-    }
-
-
-def _listed_as_json(row: Listed) -> dict[str, Any]:
-    numbers: dict[str, Any] = {}
-    if row.plan is not None:
-        gpu = row.plan.memory.tightest
-        numbers = {
-            "needed_bytes": row.plan.memory.needed_bytes(gpu),
-            "visible_bytes": gpu.visible_bytes,
-            "kv_tokens": row.plan.memory.kv_tokens,
-        }
-    return {"name": row.name, "verdict": row.verdict, "reason": row.reason, "gpus": row.gpus, "sku": row.sku, **numbers}
-
-
-def _model_as_json(plan: Plan) -> dict[str, Any]:
-    model = plan.model
-    return {
-        "name": model.name,
-        "parameters": model.parameters,
-        "parameters_by_part": model.parameters_by_part,
-        "checkpoint_bytes": model.checkpoint_bytes,
-        "decoder_bytes": asdict(whole_decoder_bytes(layout_of(model.spec, plan.profile))),
-        "evidence": model.evidence,
-    }
-
-
-def _gpu_as_json(plan: Plan, gpu: GpuAccount) -> dict[str, Any]:
-    memory = plan.memory
-    return {
-        "rank": gpu.rank,
-        "place": memory.room.place,
-        "lines": [asdict(line) for line in gpu.lines],
-        "kv_cache_bytes": memory.kv_bytes(gpu),
-        "kv_cache_bytes_per_token": gpu.kv_bytes_per_token,
-        "used_bytes": memory.used_bytes(gpu),
-        "visible_bytes": gpu.visible_bytes,
-        "visible_evidence": memory.room.evidence,
-    }
-
-
-def _prediction_as_json(plan: Plan) -> dict[str, Any] | None:
-    found = plan.prediction
-    if found is None:
-        return None
-    return {
-        "ttft_s": found.ttft_s,
-        "stages_s": {
-            name: {"seconds": seconds, "evidence": STAGE_EVIDENCE.get(name, "derived")}
-            for name, seconds in found.stages.items()
-        },
-        "tpot_s": found.tpot_s,
-        "tokens_per_s": found.tokens_per_s,
-        "running": found.running,
-        "evidence": "derived",
-        "efficiency": asdict(EFFICIENCY),
-        "median_error_on_published_rows": TESTED_ERROR,
-    }
-
-
 def _print_facts(console: Console, plan: Plan) -> None:
     model, memory = plan.model, plan.memory
-    verdict = "fits" if memory.fits else f"DOES NOT FIT: {memory.why_not}"
+    verdict = "fits"
+    if not memory.fits:
+        verdict = f"DOES NOT FIT: {memory.why_not}"
+    elif plan.refused_request:
+        verdict = f"fits, WOULD REFUSE this request: {plan.refused_request}"
     gpus = f"{plan.gpus} x {plan.sku.description}" if plan.gpus else plan.sku.description
     _line(console, f"{model.name} with {plan.profile.name}: {verdict}")
+    if plan.warning:
+        _line(console, f"  warning {plan.warning}")
     _line(console, f"  on      {gpus}, {_price(plan)}")
     size = f"{model.parameters / 1e9:.2f} B parameters, {model.checkpoint_bytes / GIB:.1f} GiB in BF16"
+    if model.checkpoint_bytes < GIB:
+        size = f"{model.parameters / 1e6:.2f} M parameters, {model.checkpoint_bytes / MIB:.1f} MiB in BF16"
     _line(console, f"  model   {size} ({model.evidence})")
     weights = whole_decoder_bytes(layout_of(model.spec, plan.profile))
     kind = "BF16" if plan.profile.decoder.quantization == "none" else "FP8"
@@ -253,9 +155,14 @@ def _print_cache(console: Console, plan: Plan) -> None:
     _line(console, f"KV cache: {sizes} (derived)")
     chosen = plan.profile.decoder.kv_cache
     _line(console, f"  {memory.kv_tokens:,} tokens, {_gib(total)} GiB on all GPUs, {chosen} (derived)")
-    of_workload = f"{plan.requests} like the one below" if plan.refused_request is None else "none like the one below"
+    like_below = plan.requests if plan.refused_request is None else "none"
+    at_once = f"{memory.requests(longest)} requests of {longest:,} tokens at once, {like_below} like the one below"
+    _line(console, f"  holds {at_once} (derived)")
+    large, small = plan.servable_images
+    tiles = plan.model.spec.tiling.max_tiles_with_thumbnail
     _line(
-        console, f"  holds {memory.requests(longest)} requests of {longest:,} tokens at once, {of_workload} (derived)"
+        console,
+        f"  {longest:,} tokens have room for {large:,} images of {tiles} tiles, {small:,} of the smallest (derived)",
     )
 
 
@@ -264,14 +171,16 @@ def _steps_table(plan: Plan) -> Table:
     table.add_column("step")
     for name in ("host RAM, GiB", "disk, GiB", "minutes"):
         table.add_column(name, justify="right")
-    table.add_column("time is (derived, disk at 1 GB/s)", overflow="fold")
+    table.add_column(f"time is (derived, disk at {plan.host.disk_bytes_per_s / 1e9:g} GB/s)", overflow="fold")
     for step in plan.steps:
-        minutes = "?" if step.seconds is None else f"{step.seconds / 60:.0f}" if step.seconds >= 60 else "< 1"
+        minutes = "?" if step.seconds is None else f"{step.seconds / 60:,.0f}" if step.seconds >= 60 else "< 1"
         mark = " m" if step.host_evidence == "measured" else ""
-        table.add_row(step.name, f"{step.host_bytes / GIB:.1f}{mark}", _gib(step.disk_bytes, 1), minutes, step.how)
+        how = step.how + (f"; {_gib(step.scratch_bytes, 1)} GiB of scratch" if step.scratch_bytes else "")
+        table.add_row(step.name, f"{step.host_bytes / GIB:.1f}{mark}", _gib(step.disk_bytes, 1), minutes, how)
     table.add_section()
-    disk = sum(step.disk_bytes for step in plan.steps)
-    table.add_row("all", f"{max(step.host_bytes for step in plan.steps) / GIB:.1f}", _gib(disk, 1), "", "m: measured")
+    disk = sum(step.disk_bytes for step in plan.steps) + max(step.scratch_bytes for step in plan.steps)
+    host = max(step.host_bytes for step in plan.steps)
+    table.add_row("at most", f"{host / GIB:.1f}", _gib(disk, 1), "", "with scratch; m: measured, else derived")
     return table
 
 
@@ -283,9 +192,9 @@ def _print_service(console: Console, plan: Plan) -> None:
 def _service_lines(plan: Plan) -> Iterator[str]:
     workload, spec = plan.workload, plan.model.spec
     tokens = workload.prompt_tokens(spec)
-    images = f"{workload.images} image(s) of {spec.tiling.max_tiles_with_thumbnail} tiles"
-    sizes = f"{workload.input_tokens} tokens of text, {workload.output_tokens} out"
-    yield f"request: {images}, {sizes}, {workload.concurrency} at once"
+    images = f"{workload.images:,} image(s) of {spec.tiling.max_tiles_with_thumbnail} tiles"
+    sizes = f"{workload.input_tokens:,} tokens of text, {workload.output_tokens:,} out"
+    yield f"request: {images}, {sizes}, {workload.concurrency:,} at once"
     yield f"  prompt of {tokens:,} tokens (derived)"
     if plan.refused_request:
         yield f"  would be refused: {plan.refused_request}"
@@ -293,6 +202,10 @@ def _service_lines(plan: Plan) -> Iterator[str]:
         yield f"  not estimated: {plan.why_no_prediction or 'it does not fit'}"
     else:
         yield from _prediction_lines(plan.prediction)
+        if not has_nvlink(plan.sku, plan.profile.decoder.tensor_parallel):
+            yield f"  {EFFICIENCY.pcie:.0%} of PCIe's bandwidth between GPUs (published, of another GPU)"
+        if plan.profile.decoder.pipeline_parallel > 1:
+            yield "  pipeline stages are counted one after another: at least so many tokens/s"
 
 
 def _prediction_lines(found: Prediction) -> Iterator[str]:
@@ -304,7 +217,8 @@ def _prediction_lines(found: Prediction) -> Iterator[str]:
     share = EFFICIENCY
     peaks = f"{share.fp8:.0%} of FP8 and {share.sixteen_bit:.0%} of 16-bit peak"
     yield f"  at {share.bandwidth:.0%} of bandwidth, {peaks} (fitted),"
-    yield f"  {share.vision:.0%} of it in the encoder (assumed); median error on rows not fitted to: {TESTED_ERROR}"
+    yield f"  {share.vision:.0%} of 16-bit peak in the encoder (assumed)"
+    yield f"  median error on published rows that were not fitted to: {TESTED_ERROR}"
 
 
 def _price(plan: Plan) -> str:
@@ -317,4 +231,8 @@ def _gib(size_bytes: int, digits: int = 2) -> str:
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
+    """What is too long for the terminal goes on below, two columns further in."""
+    below = " " * (len(text) - len(text.lstrip()) + 2)
+    width = max(console.width, _LEAST_WIDTH)
+    lines = textwrap.fill(text, width, subsequent_indent=below, break_on_hyphens=False)
+    console.print(lines, markup=False, highlight=False)

@@ -176,6 +176,7 @@ class ResponseSink:
         self._prompt = generation.prompt
         self._in_pieces = in_pieces
         self._unsent: list[int] = []
+        self._counted = 0
 
     def prepend_prompt(self) -> None:
         """Let the first response begin with the prompt's ids, as the C++ backend does by default."""
@@ -202,7 +203,9 @@ class ResponseSink:
         return bool(self._sender.is_cancelled())
 
     def _outputs(self, step: Progress) -> dict[str, NDArray[Any]]:
-        return decoder_outputs(self._unsent, input_tokens=len(self._prompt), output_tokens=step.total)
+        """The count is of this response's tokens, as the C++ backend's is (its fillTritonResponse)."""
+        new, self._counted = step.total - self._counted, step.total
+        return decoder_outputs(self._unsent, input_tokens=len(self._prompt), output_tokens=new)
 
 
 def decoder_outputs(ids: list[int], *, input_tokens: int, output_tokens: int) -> dict[str, NDArray[Any]]:

@@ -46,18 +46,16 @@ class Detokenizer:
         self._max_requests = max_requests
         self._unfinished: OrderedDict[str, codecs.IncrementalDecoder] = OrderedDict()
 
-    def piece(self, request_id: str, tokens: Sequence[int], *, is_first: bool, is_last: bool) -> bytes:
+    def piece(self, request_id: str, tokens: Sequence[int], *, is_last: bool) -> bytes:
         """The text that `tokens` add, as UTF-8; up to three bytes are held back until their character is whole.
 
-        `is_first` forgets what an earlier request of the same id left; a request that ends without `is_last` (its limit
-        was reached, it was cancelled) is forgotten when `max_requests` newer ones have come. Without an id the bytes
+        A request that ends without `is_last` (its limit was reached, it was cancelled) within a character is forgotten
+        when `max_requests` newer ones have: which response is a request's first nobody says. Without an id the bytes
         pass through as they are: a client that joins the pieces still gets the right text.
         """
         data = self._token_bytes(tokens)
         if not request_id:
             return data
-        if is_first:
-            self._unfinished.pop(request_id, None)
         decoder = self._unfinished.pop(request_id, None) or codecs.getincrementaldecoder("utf-8")(errors="replace")
         text = decoder.decode(data, final=is_last)
         if not is_last and decoder.getstate()[0]:

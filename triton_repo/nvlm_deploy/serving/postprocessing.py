@@ -60,9 +60,7 @@ class TritonPythonModel:
         inputs = int(backend.scalar(request, INPUT_TOKEN_COUNT))
         outputs = int(backend.scalar(request, OUTPUT_TOKEN_COUNT))
         is_last = has_stopped(tokens, self.end_id)
-        counted = tokens[:-1] if tokens and is_last else tokens
-        is_first = outputs <= len(counted)
-        text = self.detokenizer.piece(str(request.request_id()), tokens, is_first=is_first, is_last=is_last)
+        text = self.detokenizer.piece(str(request.request_id()), tokens, is_last=is_last)
         return {
             TEXT_OUTPUT.name: np.array([text], dtype=np.object_),
             FINISH_REASON.name: np.array([STOPPED if is_last else RUNNING], dtype=np.object_),

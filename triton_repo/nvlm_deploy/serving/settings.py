@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.spec import DecoderSpec, ModelSpec, ProjectorSpec, PromptSpec, TilingSpec, VisionSpec
+from pydantic import TypeAdapter, ValidationError
+
+from nvlm_deploy.errors import NvlmError, faults_of
+from nvlm_deploy.model.spec import MOST_LAYERS, MOST_TOKENS, ModelSpec
 
 SPEC_FILE = "model_spec.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,13 +55,21 @@ def spec_as_json(spec: ModelSpec) -> str:
 def spec_from_json(text: str) -> ModelSpec:
     """The ModelSpec in JSON text; NvlmError when it is of another shape."""
     try:
-        values: dict[str, dict[str, Any]] = json.loads(text)
-        return ModelSpec(
-            vision=VisionSpec(**values["vision"]),
-            projector=ProjectorSpec(**values["projector"]),
-            decoder=DecoderSpec(**values["decoder"]),
-            tiling=TilingSpec(**values["tiling"]),
-            prompt=PromptSpec(**values["prompt"]),
-        )
-    except (ValueError, TypeError, KeyError) as problem:
-        raise NvlmError(f"{SPEC_FILE} is damaged: {problem}", hint="assemble the repository again") from problem
+        spec = TypeAdapter(ModelSpec).validate_json(text, strict=True)
+    except ValidationError as problem:
+        raise NvlmError(f"{SPEC_FILE} is damaged: {faults_of(problem)}", hint="assemble the repository again") from None
+    if asdict(spec) != json.loads(text) or not _is_possible(spec):
+        raise NvlmError(f"{SPEC_FILE} is damaged: no model is like that", hint="assemble the repository again")
+    return spec
+
+
+def _is_possible(spec: ModelSpec) -> bool:
+    """Whether what is derived from its numbers is derived at once, and divides by none that is zero."""
+    named = [(name, value) for section in asdict(spec).values() for name, value in section.items()]
+    most = {"layers": MOST_LAYERS}
+    right = all(
+        (value > 0 or (value == 0 and name.endswith("_id"))) and value <= most.get(name, MOST_TOKENS)
+        for name, value in named
+        if not isinstance(value, bool)
+    )
+    return right and min(spec.vision.head_size, spec.decoder.head_size, spec.vision.grid) > 0

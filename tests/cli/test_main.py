@@ -85,6 +85,7 @@ def ended_with(arguments: list[str], *, lines: int, cwd: Path, both: bool = Fals
         return child.wait(), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "lines", "code"),
     [

@@ -285,6 +285,7 @@ def test_this_machine_has_memory(monkeypatch):
 # --- building
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "split", [Parallelism(1), Parallelism(2), Parallelism(4), Parallelism(2, 2), Parallelism(1, 3)]
 )
@@ -329,6 +330,7 @@ def most_at_once(folder: Path) -> int:
     return max(sum(other["started"] <= one["started"] < other["ended"] for other in found) for one in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_once", "most"), [(None, 4), (2, 2), (1, 1)])
 def test_ranks_run_together_on_gpus_of_their_own_and_no_more_than_asked(
     container, checkpoint_of_four, engine_folder, settings, at_once, most
@@ -343,6 +345,7 @@ def test_ranks_run_together_on_gpus_of_their_own_and_no_more_than_asked(
         assert one["device"] not in {other["device"] for other in together}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [None, 137])
 def test_a_rank_killed_for_lack_of_memory_is_built_again_with_fewer_at_once(
     container, checkpoint_of_four, engine_folder, settings, caplog, code
@@ -356,6 +359,7 @@ def test_a_rank_killed_for_lack_of_memory_is_built_again_with_fewer_at_once(
     assert len(spans(engine_folder)) == 4
 
 
+@pytest.mark.slow
 def test_ranks_that_were_finished_are_not_built_again(container, checkpoint_of_four, engine_folder, settings):
     container.orders(killed={"3": 2}, sleep_s=0.2)
     built = engines_from_checkpoint(checkpoint_of_four, engine_folder, settings, machine=Machine(LARGE, gpus(4)))
@@ -454,6 +458,7 @@ def test_a_builder_left_behind_by_a_killed_run_is_not_written_over(container, ch
         orphan.wait()
 
 
+@pytest.mark.slow
 def test_a_child_holds_the_lock_of_its_log_after_its_parents_death(
     container, checkpoint, engine_folder, settings, tmp_path
 ):
@@ -488,6 +493,7 @@ engines_from_checkpoint(Path({str(checkpoint)!r}), Path({str(engine_folder)!r}),
     assert len(engines_from_checkpoint(checkpoint, engine_folder, settings, machine=Machine(LARGE, gpus(1))).ranks) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_children(container, checkpoint, engine_folder, settings):
     container.orders(sleep_s=30)
     children: list[psutil.Process] = []

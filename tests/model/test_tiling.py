@@ -103,6 +103,7 @@ def _transformers_count(width: int, height: int, spec: TilingSpec) -> int:
     return GotOcr2ImageProcessorPil().get_number_of_image_patches(height, width, {**choice, "crop_to_patches": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [RELEASED, SMALL], ids=["released", "small"])
 def test_tile_counts_equal_transformers_got_ocr2_over_random_sizes(spec):
     random = np.random.default_rng(0)

@@ -51,6 +51,7 @@ def test_the_decoders_weights_are_linked_not_copied(folder, sources) -> None:
     assert weights.samefile(sources.decoder / "rank0.x")
 
 
+@pytest.mark.slow
 def test_the_onnx_tools_read_the_graph_in_its_place(exported_vision, sources, tmp_path) -> None:
     """They refuse external data that has several hard links."""
     folder = tmp_path / "repository"

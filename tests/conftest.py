@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +83,45 @@ def random_checkpoint(make_checkpoint):
 
 
 @pytest.fixture(scope="session")
-def exported_vision(random_checkpoint, tmp_path_factory) -> Path:
+def traced_once() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """In this context a stage of the same shape is traced once in a session; not for tests of the tracing itself.
+
+    Tracing is nine tenths of a small model's export.
+    """
+    from nvlm_deploy.vision import trace
+
+    traced, done = trace.traced_stage, {}
+
+    def once(stage: Any, spec: Any, dtype: Any) -> Any:
+        vision = replace(spec.vision, layers=1)
+        key = (stage.kind, vision, spec.projector, spec.tiling.tile_size, spec.decoder.hidden_size, dtype)
+        if key not in done:
+            done[key] = traced(stage, spec, dtype)
+        model = done[key].clone()
+        for value in model.graph.initializers.values():
+            value.type = copy(value.type)  # a clone shares it, and quantise_block changes it
+        return model
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(trace, "traced_stage", once)
+            yield
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def exported_vision(random_checkpoint, tmp_path_factory, traced_once) -> Path:
     """vision.onnx of `random_checkpoint` in float32. Do not write to it."""
     from nvlm_deploy.model.spec import spec_from_checkpoint
     from nvlm_deploy.vision.export import onnx_from_checkpoint
 
     folder = tmp_path_factory.mktemp("exported") / "vision"
-    return onnx_from_checkpoint(random_checkpoint, spec_from_checkpoint(random_checkpoint), folder, precision="fp32")
+    with traced_once():
+        return onnx_from_checkpoint(
+            random_checkpoint, spec_from_checkpoint(random_checkpoint), folder, precision="fp32"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +12,6 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 BLOCKS = 2
 
 ExportOf = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def traced_once() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """In this context a stage of the same shape is traced once in a session; not for tests of the tracing itself.
-
-    Tracing is nine tenths of a small model's export.
-    """
-    from nvlm_deploy.vision import trace
-
-    traced, done = trace.traced_stage, {}
-
-    def once(stage: Any, spec: Any, dtype: Any) -> Any:
-        vision = replace(spec.vision, layers=1)
-        key = (stage.kind, vision, spec.projector, spec.tiling.tile_size, spec.decoder.hidden_size, dtype)
-        if key not in done:
-            done[key] = traced(stage, spec, dtype)
-        model = done[key].clone()
-        for value in model.graph.initializers.values():
-            value.type = copy(value.type)  # a clone shares it, and quantise_block changes it
-        return model
-
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(trace, "traced_stage", once)
-            yield
-
-    return context
 
 
 @pytest.fixture(scope="session")

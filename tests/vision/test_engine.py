@@ -9,6 +9,8 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.vision.engine import TILES_PER_RUN, OnnxRuntimeEngine
 from nvlm_deploy.vision.numerics.compare import noise_tiles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def engine(exported_vision) -> OnnxRuntimeEngine:

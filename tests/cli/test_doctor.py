@@ -18,7 +18,7 @@ from nvlm_deploy.doctor import host
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.fingerprint import built_here
 from nvlm_deploy.llm import preflight as preflight_module
-from nvlm_deploy.llm.engine_machine import Gpu
+from nvlm_deploy.machine.resources import Gpu
 from nvlm_deploy.model.spec import DecoderSpec
 from nvlm_deploy.profile import load_profile
 from nvlm_deploy.triton.server import Ports

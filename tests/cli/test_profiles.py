@@ -9,8 +9,8 @@ import pytest
 import typer
 
 from nvlm_deploy.cli import main, profiles
-from nvlm_deploy.llm import engine_machine
-from nvlm_deploy.llm.engine_machine import Gpu, Machine
+from nvlm_deploy.machine import resources
+from nvlm_deploy.machine.resources import Gpu, Machine
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def four_h200(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(900 << 30, tuple(Gpu("NVIDIA H200", "9.0", str(index)) for index in range(4)))
-    monkeypatch.setattr(engine_machine, "this_machine", lambda: machine)
+    monkeypatch.setattr(resources, "this_machine", lambda: machine)
 
 
 def nvlm(*arguments: str) -> int:

@@ -23,7 +23,7 @@ from nvlm_deploy.checkpoint.trtllm import checkpoint_writer
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout
 from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
 from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.llm import engine_machine, engine_tool
+from nvlm_deploy.llm import engine_tool
 from nvlm_deploy.llm.engine import (
     EngineSettings,
     dry_run,
@@ -34,8 +34,8 @@ from nvlm_deploy.llm.engine import (
 )
 from nvlm_deploy.llm.engine_arguments import EngineLimits, engine_arguments, engine_limits
 from nvlm_deploy.llm.engine_config import differences, expected_config
-from nvlm_deploy.llm.engine_machine import Gpu, Machine
 from nvlm_deploy.llm.engine_tool import RELEASES, interpreter_of, release_of
+from nvlm_deploy.machine.resources import Gpu, Machine
 from nvlm_deploy.model.spec import DecoderSpec, TilingSpec
 from nvlm_deploy.sku import load_sku
 
@@ -257,31 +257,6 @@ def test_as_many_ranks_at_once_as_memory_and_gpus_allow(ranks_that_fit, cards, e
     assert plan.at_once(Machine(int(ranks_that_fit * plan.rank_bytes), gpus(cards))) == expected
 
 
-def test_a_containers_limit_counts_where_it_is_lower_and_its_file_cache_is_free(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       1000 kB\nMemAvailable:    800 kB\n")
-    assert engine_machine.available_memory(meminfo, tmp_path / "none") == 800 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("300000\n")
-    (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 100000\n")
-    assert engine_machine.available_memory(meminfo, tmp_path) == 800 * 1024
-    (tmp_path / "memory.max").write_text("500000\n")
-    assert engine_machine.available_memory(meminfo, tmp_path) == 300_000
-
-
-@pytest.mark.parametrize(
-    ("variable", "names"),
-    [(None, ["0", "1"]), ("", ["0", "1"]), ("2, 5", ["2", "5"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])],
-)
-def test_a_child_is_given_its_gpu_by_the_name_this_process_sees_it_under(variable, names):
-    environment = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
-    assert engine_machine.device_names(2, environment) == names
-
-
-def test_this_machine_has_memory(monkeypatch):
-    assert engine_machine.this_machine().available_bytes > 1 << 28
-
-
 # --- building
 
 
@@ -467,7 +442,7 @@ def test_a_child_holds_the_lock_of_its_log_after_its_parents_death(
     program = f"""
 from pathlib import Path
 from nvlm_deploy.llm.engine import EngineLimits, EngineSettings, Machine, engines_from_checkpoint
-from nvlm_deploy.llm.engine_machine import Gpu
+from nvlm_deploy.machine.resources import Gpu
 from nvlm_deploy.sku import load_sku
 
 settings = EngineSettings(load_sku("h100-sxm-80gb"), EngineLimits(4, 64, 256, 48), Path({str(settings.cache_folder)!r}))

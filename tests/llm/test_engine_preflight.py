@@ -13,8 +13,8 @@ import pytest
 
 from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
 from nvlm_deploy.llm import preflight as module
-from nvlm_deploy.llm.engine_machine import Gpu
 from nvlm_deploy.llm.preflight import Preflight, emitted_flags, preflight, standard_layouts
+from nvlm_deploy.machine.resources import Gpu
 
 FAKES = Path(__file__).parent / "fakes"
 if str(FAKES) not in sys.path:

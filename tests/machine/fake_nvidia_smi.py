@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_deploy.llm import engine_machine
-from nvlm_deploy.llm.engine_machine import Gpu
+from nvlm_deploy.machine import resources
+from nvlm_deploy.machine.resources import Gpu
 
 FIELDS = "index,uuid,name,compute_cap,driver_version,memory.total,memory.used,mig.mode.current"
 DRIVER = "580.95.05"
@@ -67,7 +67,7 @@ class FakeNvidiaSmi:
         monkeypatch.setenv("PATH", os.pathsep.join([str(folder), os.environ["PATH"]]))
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         self._cuda: list[Gpu] | None = None
-        monkeypatch.setattr(engine_machine, "visible_gpus", self.visible_gpus)
+        monkeypatch.setattr(resources, "visible_gpus", self.visible_gpus)
         self.machine("H100")
 
     def visible_gpus(self) -> tuple[Gpu, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.llm.engine_machine import Gpu, Machine
+from nvlm_deploy.machine.resources import Gpu, Machine
 from nvlm_deploy.planning.build_steps import step_estimates
 from nvlm_deploy.planning.known_models import planned_model
 from nvlm_deploy.planning.listing import (

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.machine.resources import Gpu
 from nvlm_deploy.vision import tensorrt_build
 from nvlm_deploy.vision.tensorrt import BuildRequest
 
@@ -33,13 +34,13 @@ def test_the_containers_version_and_the_newest_major_are_known(version):
 
 
 def test_tensorrt_without_a_gpu_in_the_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(tensorrt_build, "gpu_in_this_machine", lambda: None)
+    monkeypatch.setattr(tensorrt_build, "visible_gpus", lambda: ())
     with pytest.raises(MachineError, match="no GPU here: TensorRT builds for the GPU in the machine only"):
         tensorrt_build.require_gpu("9.0")
 
 
 def test_tensorrt_on_another_gpu_than_the_skus_is_refused(monkeypatch):
-    monkeypatch.setattr(tensorrt_build, "gpu_in_this_machine", lambda: ("NVIDIA L40S", "8.9"))
+    monkeypatch.setattr(tensorrt_build, "visible_gpus", lambda: (Gpu("NVIDIA L40S", "8.9", "0"),))
     with pytest.raises(NvlmError, match=r"GPU is NVIDIA L40S \(compute capability 8\.9\), .* has 9\.0"):
         tensorrt_build.require_gpu("9.0")
     assert tensorrt_build.require_gpu("8.9") == "NVIDIA L40S"

@@ -16,9 +16,9 @@ from nvlm_deploy.checkpoint.trtllm_layout import Layout
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.engine_arguments import Argument, EngineLimits, engine_arguments
 from nvlm_deploy.llm.engine_config import expected_config, require_as_asked
-from nvlm_deploy.llm.engine_machine import Machine, this_machine
 from nvlm_deploy.llm.engine_ranks import RankBuild, RankCommand, Workshop, build_ranks
 from nvlm_deploy.llm.engine_tool import EXECUTABLE, BuildTool, installed_tool
+from nvlm_deploy.machine.resources import Machine, this_machine
 from nvlm_deploy.sku import Sku
 
 log = logging.getLogger(__name__)

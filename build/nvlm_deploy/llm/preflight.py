@@ -19,9 +19,9 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine import EngineSettings, plan_engines, rank_commands
 from nvlm_deploy.llm.engine_arguments import EngineLimits
 from nvlm_deploy.llm.engine_config import differences
-from nvlm_deploy.llm.engine_machine import Gpu, visible_gpus
 from nvlm_deploy.llm.engine_one_rank import BUILD_AND_SAVE, PARALLEL_BUILD
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, BuildTool, found_tool, release_of
+from nvlm_deploy.machine.resources import Gpu, visible_gpus
 from nvlm_deploy.model.spec import DecoderSpec
 from nvlm_deploy.sku import load_sku
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.llm.engine_machine import Machine
+from nvlm_deploy.machine.resources import Machine
 from nvlm_deploy.planning.known_models import PlannedModel
 from nvlm_deploy.planning.memory import GIB, REFERENCE
 from nvlm_deploy.planning.plan import Plan, legal_splits, make_plan

@@ -7,7 +7,6 @@ machine, TensorRT-RTX for a compute capability by name, on any machine.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import sys
@@ -19,14 +18,12 @@ from typing import Any, BinaryIO
 
 from nvlm_deploy.artifacts import replace_file, sha256_of, write_text
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.machine.resources import visible_gpus
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
 from nvlm_deploy.vision.tensorrt import TENSORRT, TENSORRT_RTX, BuildRequest, installed_module
 
 # 10.14 is in the pinned containers; of 11 and RTX 1.7 every name used below was looked up in their Python bindings
 KNOWN_VERSIONS = {TENSORRT: ("10.14.", "11."), TENSORRT_RTX: ("1.7.",)}
-
-# CUdevice_attribute of the CUDA driver API
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 def main(request_file: str) -> int:
@@ -74,37 +71,20 @@ def require_version(runtime: str, version: str) -> None:
 
 def require_gpu(compute_capability: str) -> str:
     """Name of the GPU that TensorRT builds for, the first in this machine; another than the SKU's is refused."""
-    found = gpu_in_this_machine()
-    if found is None:
+    gpus = visible_gpus()
+    if not gpus:
         raise MachineError(
             "no GPU here: TensorRT builds for the GPU in the machine only",
             hint='build on the GPU that will serve; runtime = "tensorrt_rtx" builds without one, for Ada and RTX',
         )
-    name, capability = found
-    if capability != compute_capability:
+    gpu = gpus[0]
+    if gpu.compute_capability != compute_capability:
         raise NvlmError(
-            f"this machine's GPU is {name} (compute capability {capability}), the profile's SKU has "
+            f"this machine's GPU is {gpu.name} (compute capability {gpu.compute_capability}), the profile's SKU has "
             f"{compute_capability}: the engine would not load there",
             hint="build on the GPU that will serve, or name this GPU's SKU in the profile",
         )
-    return name
-
-
-def gpu_in_this_machine() -> tuple[str, str] | None:
-    """Name and compute capability of the first visible GPU, from the CUDA driver itself; None where there is none."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, name, number = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    cuda.cuDeviceGetName(name, len(name), device)
-    parts = []
-    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
-        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-        parts.append(str(number.value))
-    return name.value.decode(), ".".join(parts)
+    return gpu.name
 
 
 def builder_log(trt: Any) -> Any:

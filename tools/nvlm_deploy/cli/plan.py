@@ -86,7 +86,7 @@ def plan(
 
 def _choice(model: PlannedModel, workload: Workload, slo: Slo) -> Choice:
     """Among all shipped profiles; those that cannot be at all miss it for that reason."""
-    from nvlm_deploy.llm.engine_machine import this_machine
+    from nvlm_deploy.machine.resources import this_machine
     from nvlm_deploy.planning.listing import judged
     from nvlm_deploy.planning.slo import choose
     from nvlm_deploy.profile import load_profile, profile_names
@@ -100,7 +100,7 @@ def _choice(model: PlannedModel, workload: Workload, slo: Slo) -> Choice:
 def _plan(model: PlannedModel, workload: Workload, profile: str | None, choice: Choice | None) -> Plan | None:
     """Of the profile, or of the cheapest; None when no profile was named and none meets the SLO."""
     from nvlm_deploy.errors import NvlmError
-    from nvlm_deploy.llm.engine_machine import available_memory
+    from nvlm_deploy.machine.resources import available_memory
     from nvlm_deploy.planning.plan import make_plan
     from nvlm_deploy.profile import load_profile, profile_names
 

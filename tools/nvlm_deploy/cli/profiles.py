@@ -20,7 +20,7 @@ def profiles(checkpoint: CheckpointOrNone = None, spec: SpecOption = None, json_
 
     Without a checkpoint for the released model, nvlm-d-72b.
     """
-    from nvlm_deploy.llm.engine_machine import this_machine
+    from nvlm_deploy.machine.resources import this_machine
     from nvlm_deploy.planning.known_models import DEFAULT_SPEC, planned_model
     from nvlm_deploy.planning.listing import list_profiles
     from nvlm_deploy.report.planning import print_profiles

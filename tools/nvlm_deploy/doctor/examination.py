@@ -12,8 +12,8 @@ from nvlm_deploy.doctor.host import Place, host_findings
 from nvlm_deploy.doctor.needs import Needs
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.fingerprint import profiles_for
-from nvlm_deploy.llm import engine_machine
 from nvlm_deploy.llm.preflight import Finding
+from nvlm_deploy.machine import resources
 from nvlm_deploy.machine.nvidia_smi import Gpus, gpus_here
 
 
@@ -45,7 +45,7 @@ def examination(needs: Needs | None, place: Place) -> Examination:
 
 
 def _of_gpus(gpus: Gpus | MachineError, needs: Needs | None) -> Iterator[Finding]:
-    shown_by_cuda = engine_machine.visible_gpus()
+    shown_by_cuda = resources.visible_gpus()
     if isinstance(gpus, Gpus):
         yield from gpu_findings(gpus, needs, shown_by_cuda)
     else:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from nvlm_deploy.doctor.needs import Needs
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.fingerprint import mismatches
-from nvlm_deploy.llm.engine_machine import Gpu
 from nvlm_deploy.llm.engine_tool import RELEASES
 from nvlm_deploy.llm.preflight import Finding
 from nvlm_deploy.machine.nvidia_smi import GpuFacts, Gpus, NoDriverError, is_nvlink
+from nvlm_deploy.machine.resources import Gpu
 from nvlm_deploy.sku import Sku, load_sku, sku_names
 
 GIB = 2**30

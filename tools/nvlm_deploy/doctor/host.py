@@ -10,10 +10,10 @@ from pathlib import Path
 
 from nvlm_deploy.doctor.needs import Needs
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.llm.engine_machine import available_memory
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, EXECUTABLE, found_tool, release_of
 from nvlm_deploy.llm.preflight import Finding
 from nvlm_deploy.machine.host import free_bytes, glibc_version, glibc_wanted_by, python_version
+from nvlm_deploy.machine.resources import available_memory
 from nvlm_deploy.triton.installation import find_installation, libpython_folder
 from nvlm_deploy.triton.server import SHARED_MEMORY, Ports
 

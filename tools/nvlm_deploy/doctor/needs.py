@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from nvlm_deploy.artifacts import Manifest, read_manifest, sha256_of
 from nvlm_deploy.errors import NvlmError, faults_of
 from nvlm_deploy.fingerprint import Fingerprint, fingerprints_of
-from nvlm_deploy.llm.engine_machine import available_memory
+from nvlm_deploy.machine.resources import available_memory
 from nvlm_deploy.profile import Profile, load_profile
 from nvlm_deploy.sku import Sku, load_sku
 

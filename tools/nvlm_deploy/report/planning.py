@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_deploy.llm.engine_machine import Machine
+from nvlm_deploy.machine.resources import Machine
 from nvlm_deploy.planning.listing import RUNNABLE, VERDICTS, Listed, sku_of_machine
 from nvlm_deploy.planning.memory import GIB, MIB, GpuAccount, kv_bytes_per_token
 from nvlm_deploy.planning.plan import Plan, legal_splits

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nvlm_deploy.llm.engine_machine import Machine
+from nvlm_deploy.machine.resources import Machine
 from nvlm_deploy.planning.listing import Listed, sku_of_machine
 from nvlm_deploy.planning.memory import GpuAccount
 from nvlm_deploy.planning.plan import Plan, legal_splits

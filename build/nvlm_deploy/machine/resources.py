@@ -1,4 +1,4 @@
-"""What an engine build finds in this machine: host memory that is free, and GPUs."""
+"""What a program finds in this machine: host memory that is free, and the GPUs that the CUDA driver shows to it."""
 
 from __future__ import annotations
 

@@ -328,6 +328,7 @@ def test_of_gpus_that_cannot_be_used_neither_memory_nor_nvlink_is_said(capsys, s
 
 
 def test_a_build_needs_what_nvlm_plan_says_of_memory_and_disk(capsys, smi, tmp_path, monkeypatch) -> None:
+    from nvlm_deploy.planning.build_steps import most_disk_bytes
     from nvlm_deploy.planning.known_models import DEFAULT_SPEC, planned_model
     from nvlm_deploy.planning.plan import make_plan
 
@@ -335,7 +336,7 @@ def test_a_build_needs_what_nvlm_plan_says_of_memory_and_disk(capsys, smi, tmp_p
     largest = max(steps, key=lambda step: step.host_bytes)
     for least, passed in ((0, True), (-1, False)):
         monkeypatch.setattr(host, "available_memory", lambda least=least: largest.host_bytes + least)
-        monkeypatch.setattr(host, "free_bytes", lambda _, least=least: sum(step.disk_bytes for step in steps) + least)
+        monkeypatch.setattr(host, "free_bytes", lambda _, least=least: most_disk_bytes(steps) + least)
         found = findings_of(capsys, "--profile", gpu_profile(tmp_path))
         assert found["host memory"]["passed"] is found["disk"]["passed"] is passed
     assert f"({largest.name}, derived)" in found["host memory"]["found"]
@@ -468,3 +469,15 @@ def test_the_same_port_for_two_things_is_a_finding(capsys) -> None:
 def test_questions_that_cannot_be_answered_are_wrong_input(capsys, arguments) -> None:
     assert exit_code_of("doctor", *arguments, "--json") == 2
     assert json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_a_profile_without_gpus_asks_nothing_of_those_that_are_here(capsys, smi) -> None:
+    smi.machine("H100", driver="470.1")
+    found = findings_of(capsys, "--profile", "cpu")
+    assert found["driver"] == {
+        "check": "driver",
+        "passed": True,
+        "found": "nvidia-smi answers; profile cpu needs no GPU",
+        "fix": None,
+    }
+    assert not {"GPU", "MIG", "GPU memory"} & found.keys()

@@ -16,11 +16,13 @@ from nvlm_deploy.planning.listing import (
     judged,
     list_profiles,
     sku_of_machine,
+    usable_gpus,
 )
 from nvlm_deploy.planning.plan import make_plan
 from nvlm_deploy.planning.slo import Slo, choose
 from nvlm_deploy.profile import load_profile, profile_names
 from nvlm_deploy.recipe import Recipe
+from nvlm_deploy.report.planning import system_sentence
 from nvlm_deploy.sku import load_sku, sku_names
 from nvlm_deploy.steps.order import steps_of_build
 
@@ -144,3 +146,14 @@ def test_a_profile_that_cannot_be_misses_every_objective_for_its_own_reason(rele
 def test_an_objective_that_is_none_is_refused(bound):
     with pytest.raises(NvlmError, match="is no objective"):
         Slo(ttft_ms=bound)
+
+
+def test_only_gpus_of_a_kind_that_a_program_gets_together_count() -> None:
+    h100, a100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", "0"), Gpu("NVIDIA A100-SXM4-80GB", "8.0", "1")
+    mixed = Machine(GIB, (h100, a100, h100))
+    assert usable_gpus(mixed, "h100-sxm-80gb") == 1
+    assert usable_gpus(mixed, "a100-80gb") == 0
+    row = judged(planned_model(None, "nvlm-d-72b"), load_profile("h100-sxm-80gb-throughput"), mixed)
+    assert row.verdict == ELSEWHERE
+    known = "2 x NVIDIA H100 80GB HBM3 (SKU h100-sxm-80gb), 1 x NVIDIA A100-SXM4-80GB, "
+    assert system_sentence(mixed).startswith(known)

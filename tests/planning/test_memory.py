@@ -13,10 +13,10 @@ from nvlm_deploy.checkpoint.trtllm_layout import legal_tensor_parallel
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec
 from nvlm_deploy.planning.known_models import PlannedModel, planned_model
-from nvlm_deploy.planning.memory import decoder_activation_bytes, kv_bytes_per_token
+from nvlm_deploy.planning.memory import decoder_activation_bytes, kv_bytes_per_token, memory_account, room_of
 from nvlm_deploy.planning.plan import Plan, legal_splits, make_plan
 from nvlm_deploy.planning.weights import layout_of, vision_engine_bytes, whole_decoder_bytes
-from nvlm_deploy.profile import load_profile
+from nvlm_deploy.profile import load_profile, profile_names
 from nvlm_deploy.sku import load_sku, sku_names
 
 GIB = 2**30
@@ -234,3 +234,14 @@ def test_a_split_is_legal_exactly_when_every_rank_gets_the_same(spec: DecoderSpe
     shared_keys = spec.kv_heads % ranks == 0 or (ranks > spec.kv_heads and ranks % spec.kv_heads == 0)
     legal = whole_heads and shared_keys and spec.intermediate_size % ranks == 0
     assert (ranks in legal_tensor_parallel(spec)) == legal
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if not name.startswith("cpu")])
+def test_the_share_of_free_memory_leaves_the_cache_its_tokens_and_the_rest_its_bytes(released, name):
+    """Free is what is not taken when TensorRT-LLM makes the cache; the encoder is there already."""
+    profile = load_profile(name)
+    account = memory_account(released.spec, profile, room_of(load_sku(profile.sku), 0))
+    for gpu in account.gpus:
+        free = gpu.visible_bytes - gpu.fixed_bytes + gpu.later_bytes
+        assert account.kv_share_of_free * free >= account.kv_bytes(gpu)
+    assert account.kv_share_of_free < 1

@@ -19,7 +19,7 @@ from upstream_interface import INPUTS, OUTPUTS, PARAMETERS, WITHOUT_DEFAULT
 
 # what we fill in where upstream's template leaves it open: engines compute in BF16 and give float32 logits
 FILLED = {"<logits>": "FP32", "<table>": "BF16", "<any>": "FP16"}
-ENGINES = EngineChoices(kv_tokens=4096)
+ENGINES = EngineChoices(kv_tokens=4096, kv_share_of_free=0.9)
 
 
 def config_of(spec, **choices: object) -> ModelConfig:
@@ -78,11 +78,14 @@ def test_pictures_of_two_requests_cannot_meet_in_the_cache(tiny_spec) -> None:
 )
 def test_prompts_come_in_pieces_only_where_they_must_and_can(tiny_spec, max_num_tokens, paged, chunked) -> None:
     config = config_of(
-        tiny_spec, max_seq_len=2048, max_num_tokens=max_num_tokens, engines=EngineChoices(4096, paged_context=paged)
+        tiny_spec,
+        max_seq_len=2048,
+        max_num_tokens=max_num_tokens,
+        engines=EngineChoices(4096, 0.9, paged),
     )
     assert config.parameter("enable_chunked_context") == chunked
 
 
 def test_the_cache_holds_what_was_planned(tiny_spec) -> None:
-    config = config_of(tiny_spec, engines=EngineChoices(kv_tokens=130_112))
+    config = config_of(tiny_spec, engines=EngineChoices(kv_tokens=130_112, kv_share_of_free=0.9))
     assert config.parameter("max_tokens_in_paged_kv_cache") == "130112"

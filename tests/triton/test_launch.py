@@ -133,3 +133,8 @@ def test_memory_of_a_dead_starter_is_removed_and_no_other() -> None:
     assert alive.exists()
     remove_shared_memory(f"nvlm_{os.getpid()}_test")
     assert not alive.exists()
+
+
+def test_ports_that_are_the_same_are_refused_before_anything_is_tried() -> None:
+    with pytest.raises(NvlmError, match="need three ports, not 8001, 8001, 8002"):
+        Ports(grpc=8001, http=8001).require_usable()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,11 @@ class _Build:
     @property
     def decoder_checkpoint_bytes(self) -> int:
         return 2 * self.model.parameters_by_part["language_model"]
+
+
+def most_disk_bytes(steps: Sequence[StepEstimate]) -> int:
+    """What a build leaves, and what its largest step needs beside that while it runs."""
+    return sum(step.disk_bytes for step in steps) + max((step.scratch_bytes for step in steps), default=0)
 
 
 def step_estimates(model: PlannedModel, profile: Profile, host: Host | None = None) -> tuple[StepEstimate, ...]:

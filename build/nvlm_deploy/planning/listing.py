@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.machine.resources import Machine
+from nvlm_deploy.machine.resources import Gpu, Machine
 from nvlm_deploy.planning.known_models import PlannedModel
 from nvlm_deploy.planning.memory import GIB, REFERENCE
 from nvlm_deploy.planning.plan import Plan, legal_splits, make_plan
@@ -31,11 +32,19 @@ class Listed:
 
 
 def sku_of_machine(machine: Machine) -> str | None:
-    """The SKU of this machine's GPUs: `cpu` without any, None when they are of a kind we state no facts of."""
+    """The SKU of this machine's first GPU: `cpu` without any, None when it is of a kind we state no facts of."""
     if not machine.gpus:
         return "cpu"
-    first = machine.gpus[0]
-    return next((name for name in sku_names() if load_sku(name).is_gpu(first.name, first.compute_capability)), None)
+    return next((name for name in sku_names() if _is_of(machine.gpus[0], name)), None)
+
+
+def usable_gpus(machine: Machine, sku: str) -> int:
+    """How many GPUs of a SKU a program gets that takes them from the first on, up to one of another kind."""
+    return sum(1 for _ in takewhile(lambda gpu: _is_of(gpu, sku), machine.gpus))
+
+
+def _is_of(gpu: Gpu, sku: str) -> bool:
+    return load_sku(sku).is_gpu(gpu.name, gpu.compute_capability)
 
 
 def list_profiles(model: PlannedModel, machine: Machine) -> list[Listed]:
@@ -56,11 +65,10 @@ def judged(model: PlannedModel, profile: Profile, machine: Machine, workload: Wo
         plan = make_plan(model, profile, machine.available_bytes, workload)
     except NvlmError as problem:
         return Listed(profile.name, IMPOSSIBLE, problem.message, gpus, profile.sku)
-    here = sku_of_machine(machine)
     if not plan.memory.fits:
         verdict = ELSEWHERE if plan.gpus == 0 else IMPOSSIBLE
         return Listed(profile.name, verdict, plan.memory.why_not, plan.gpus, profile.sku, plan)
-    if plan.gpus == 0 or (here == profile.sku and len(machine.gpus) >= plan.gpus):
+    if plan.gpus == 0 or usable_gpus(machine, profile.sku) >= plan.gpus:
         return Listed(profile.name, RUNNABLE, _room_words(plan), plan.gpus, profile.sku, plan)
     return Listed(profile.name, ELSEWHERE, _room_words(plan), plan.gpus, profile.sku, plan)
 

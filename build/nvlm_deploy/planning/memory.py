@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,13 +42,17 @@ class Room:
 
 @dataclass(frozen=True)
 class Line:
-    """One item of an account. `evidence` is published or derived, `how` the source or the arithmetic."""
+    """One item of an account. `evidence` is published or derived, `how` the source or the arithmetic.
+
+    `comes_later` is what is taken only after the KV cache is.
+    """
 
     name: str
     size_bytes: int
     evidence: str
     how: str
     is_weights: bool = False
+    comes_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class GpuAccount:
     @property
     def weight_bytes(self) -> int:
         return sum(line.size_bytes for line in self.lines if line.is_weights)
+
+    @property
+    def later_bytes(self) -> int:
+        return sum(line.size_bytes for line in self.lines if line.comes_later)
 
     @property
     def kv_tokens_by_memory(self) -> int:
@@ -91,6 +100,14 @@ class MemoryAccount:
 
     def kv_bytes(self, gpu: GpuAccount) -> int:
         return self.kv_tokens * gpu.kv_bytes_per_token
+
+    @property
+    def kv_share_of_free(self) -> float:
+        """Of what is free on a GPU when all else but what comes later is there, the cache's share: on the GPU with the
+        largest, rounded up to thousandths, as TensorRT-LLM's `kv_cache_free_gpu_mem_fraction` wants it.
+        """
+        shares = (self.kv_bytes(gpu) / (self.kv_bytes(gpu) + gpu.later_bytes) for gpu in self.gpus)
+        return math.ceil(1000 * max(shares)) / 1000
 
     def used_bytes(self, gpu: GpuAccount) -> int:
         return gpu.fixed_bytes + self.kv_bytes(gpu)
@@ -209,7 +226,8 @@ def _rank_lines(spec: ModelSpec, profile: Profile, layout: Layout, limits: Engin
     table = prompt_table_bytes(spec, limits)
     rows = f"{limits.max_batch_size} requests x {limits.visual_tokens} visual tokens x hidden size x 2 B"
     yield Line("prompt table of the engine", table, "derived", f"{rows}; TensorRT-LLM promptTuningBuffers.cpp")
-    yield Line("prompt tables of requests", table, "derived", "each request's own, moved to the GPU; the same file")
+    own = "each request's own, moved to the GPU; the same file"
+    yield Line("prompt tables of requests", table, "derived", own, comes_later=True)
     yield from _activation_lines(layout, limits)
     yield Line(
         "CUDA, libraries, kernels", PROCESS_BYTES, "derived", "551 MB seen by ai-dynamo/aiconfigurator, rounded up"
@@ -264,7 +282,8 @@ def _host_lines() -> Iterator[Line]:
 
 def _unforeseen(room: Room) -> Line:
     size = room.visible_bytes * UNFORESEEN_PERCENT // 100
-    return Line("left free", size, "derived", f"{UNFORESEEN_PERCENT} % of what is visible: fragments, CUDA graphs")
+    how = f"{UNFORESEEN_PERCENT} % of what is visible: fragments, CUDA graphs"
+    return Line("left free", size, "derived", how, comes_later=True)
 
 
 def _in_blocks(tokens: int) -> int:

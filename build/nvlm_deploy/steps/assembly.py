@@ -14,6 +14,7 @@ from nvlm_deploy.recipe import TENSORRT_LLM, TOKENIZER_NAME, Recipe
 from nvlm_deploy.sku import load_sku
 
 if TYPE_CHECKING:
+    from nvlm_deploy.planning.memory import MemoryAccount
     from nvlm_deploy.triton.choices import ServingChoices
 
 KV_CACHE_DTYPES = {"16bit": "bfloat16", "fp8": "float8_e4m3fn"}
@@ -75,17 +76,18 @@ def _with_engines(recipe: Recipe, choices: ServingChoices) -> ServingChoices:
     settings = engine_settings(recipe)
     arguments = plan_engines(recipe.layout(), settings.sku, settings.limits).arguments
     paged = next(argument.expected is True for argument in arguments if argument.field == PAGED_CONTEXT)
-    engines = EngineChoices(_kv_tokens(recipe), paged)
+    account = _account(recipe)
+    engines = EngineChoices(account.kv_tokens, account.kv_share_of_free, paged)
     return dataclasses.replace(choices, engines=engines, max_num_tokens=settings.limits.max_num_tokens)
 
 
 def require_room(recipe: Recipe) -> None:
     """Raises NvlmError where the GPUs of the profile's SKU hold the engines but no request beside them."""
     if _has_engines(recipe):
-        _kv_tokens(recipe)
+        _account(recipe)
 
 
-def _kv_tokens(recipe: Recipe) -> int:
+def _account(recipe: Recipe) -> MemoryAccount:
     """As `nvlm plan` has them: the encoder lives on the first GPU too, whichever of the two is loaded first."""
     from nvlm_deploy.planning.memory import memory_account, room_of
 
@@ -95,4 +97,4 @@ def _kv_tokens(recipe: Recipe) -> int:
             f"profile {recipe.profile.name!r} {account.why_not}: no sequence of max_seq_len fits beside the engines",
             hint="`nvlm profiles CHECKPOINT` lists what fits",
         )
-    return account.kv_tokens
+    return account

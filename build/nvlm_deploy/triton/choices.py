@@ -9,12 +9,14 @@ from nvlm_deploy.model.tiling import MAX_PIXELS
 
 @dataclass(frozen=True)
 class EngineChoices:
-    """Of TensorRT-LLM's engines: `kv_tokens` are what the KV cache holds, on the rank that has least room for it.
+    """Of TensorRT-LLM's engines: `kv_tokens` are what the KV cache holds, on the rank that has least room for it, and
+    `kv_share_of_free` what it takes at most of the memory that is free when the engine is there.
 
     `paged_context` is whether the engines can take a prompt in pieces.
     """
 
     kv_tokens: int
+    kv_share_of_free: float
     paged_context: bool = True
 
 

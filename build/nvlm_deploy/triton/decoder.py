@@ -32,8 +32,6 @@ _RAGGED_VALUES = {
 _PLAIN = {"mrope_rotary_cos_sin", "mrope_position_deltas"}
 # read without a default: a model without them does not load
 _MUST_BE_THERE = ("guided_decoding_backend", "tokenizer_dir", "xgrammar_tokenizer_info_path")
-# of what is free when the engine is loaded; the tokens are the bound, this is what they must fit in
-_KV_MEMORY_FRACTION = 0.9
 _EXECUTOR_WORKER = "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker"
 
 
@@ -94,7 +92,7 @@ def _engine_parameters(choices: ServingChoices, engines: EngineChoices) -> dict[
         "decoding_mode": "top_k_top_p",
         "batch_scheduler_policy": "guaranteed_no_evict",
         "max_tokens_in_paged_kv_cache": engines.kv_tokens,
-        "kv_cache_free_gpu_mem_fraction": _KV_MEMORY_FRACTION,
+        "kv_cache_free_gpu_mem_fraction": engines.kv_share_of_free,
         "enable_kv_cache_reuse": False,
         "enable_chunked_context": engines.paged_context and choices.max_num_tokens < choices.max_seq_len,
         "exclude_input_in_output": True,

@@ -66,8 +66,8 @@ class Ports:
                 each.bind(("127.0.0.1", 0))
             return cls(*(each.getsockname()[1] for each in sockets))
 
-    def require_free(self) -> None:
-        """Raises MachineError naming the first port that is taken, NvlmError where two are the same."""
+    def require_usable(self) -> None:
+        """Raises NvlmError where two are the same, or there is no address."""
         if not self.host:
             raise NvlmError("no address to listen on", hint="--host 127.0.0.1, or 0.0.0.0 for every interface")
         if len({self.grpc, self.http, self.metrics}) < 3:
@@ -75,6 +75,10 @@ class Ports:
                 f"gRPC, HTTP and metrics need three ports, not {self.grpc}, {self.http}, {self.metrics}",
                 hint="choose others: --grpc-port, --http-port, --metrics-port",
             )
+
+    def require_free(self) -> None:
+        """As `require_usable`; raises MachineError naming the first port that is taken."""
+        self.require_usable()
         for name, port in (("gRPC", self.grpc), ("HTTP", self.http), ("metrics", self.metrics)):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -49,6 +49,7 @@ def serve(
     ports = Ports(grpc_port, http_port, metrics_port, host)
     choices = ServerChoices(ports, ready_timeout_s, log_file=log_file)
     if dry_run:
+        choices.ports.require_usable()
         command = command_to_paste(repository, choices)
         would = {"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}
         print(json.dumps(would | ({} if command is None else {"command": command})))

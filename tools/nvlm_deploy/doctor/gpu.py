@@ -12,7 +12,7 @@ from nvlm_deploy.errors import MachineError
 from nvlm_deploy.fingerprint import mismatches
 from nvlm_deploy.llm.engine_tool import RELEASES
 from nvlm_deploy.llm.preflight import Finding
-from nvlm_deploy.machine.nvidia_smi import GpuFacts, Gpus, NoDriverError, is_nvlink
+from nvlm_deploy.machine.nvidia_smi import EXECUTABLE, GpuFacts, Gpus, NoDriverError, is_nvlink
 from nvlm_deploy.machine.resources import Gpu
 from nvlm_deploy.sku import Sku, load_sku, sku_names
 
@@ -28,6 +28,9 @@ _CAPABILITIES = "in a container: `docker run --gpus all -e NVIDIA_DRIVER_CAPABIL
 
 def gpu_findings(gpus: Gpus, needs: Needs | None, shown_by_cuda: Sequence[Gpu]) -> Iterator[Finding]:
     """For a machine whose driver answers; `shown_by_cuda` are the GPUs that programs will get."""
+    if needs is not None and not needs.has_gpu and not needs.fingerprints:
+        yield Finding("driver", True, f"{EXECUTABLE} answers; profile {needs.profile.name} needs no GPU")
+        return
     yield _driver(gpus.gpus)
     kinds = _kinds(gpus.gpus, needs)
     yield kinds

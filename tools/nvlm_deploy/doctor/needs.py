@@ -54,8 +54,10 @@ class Needs:
 
     @property
     def disk_bytes(self) -> int:
-        """All that `nvlm build` leaves, as `nvlm plan` counts it."""
-        return sum(step.disk_bytes for step in self.steps)
+        """What `nvlm build` takes, as `nvlm plan` counts it."""
+        from nvlm_deploy.planning.build_steps import most_disk_bytes
+
+        return most_disk_bytes(self.steps)
 
     @property
     def hungriest(self) -> StepEstimate | None:

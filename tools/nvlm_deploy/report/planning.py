@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvlm_deploy.machine.resources import Machine
+from nvlm_deploy.planning.build_steps import most_disk_bytes
 from nvlm_deploy.planning.listing import RUNNABLE, VERDICTS, Listed, sku_of_machine
 from nvlm_deploy.planning.memory import GIB, MIB, GpuAccount, kv_bytes_per_token
 from nvlm_deploy.planning.plan import Plan, legal_splits
@@ -77,7 +79,9 @@ def system_sentence(machine: Machine) -> str:
         return f"no GPU, {host}"
     known = sku_of_machine(machine)
     sku = f"SKU {known}" if known else "no SKU of ours"
-    return f"{len(machine.gpus)} x {machine.gpus[0].name} ({sku}), {host}"
+    kinds = Counter(gpu.name for gpu in machine.gpus)
+    first, *others = (f"{count} x {name}" for name, count in kinds.items())
+    return ", ".join([f"{first} ({sku})", *others, host])
 
 
 def _print_facts(console: Console, plan: Plan) -> None:
@@ -178,7 +182,7 @@ def _steps_table(plan: Plan) -> Table:
         how = step.how + (f"; {_gib(step.scratch_bytes, 1)} GiB of scratch" if step.scratch_bytes else "")
         table.add_row(step.name, f"{step.host_bytes / GIB:.1f}{mark}", _gib(step.disk_bytes, 1), minutes, how)
     table.add_section()
-    disk = sum(step.disk_bytes for step in plan.steps) + max(step.scratch_bytes for step in plan.steps)
+    disk = most_disk_bytes(plan.steps)
     host = max(step.host_bytes for step in plan.steps)
     table.add_row("at most", f"{host / GIB:.1f}", _gib(disk, 1), "", "with scratch; m: measured, else derived")
     return table

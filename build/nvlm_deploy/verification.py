@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import MANIFEST_NAME, Manifest, changes, files_of, read_manifest, some
+from nvlm_deploy.checkpoint.reader import INDEX_NAME
 from nvlm_deploy.digest import KnownDigests
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import fingerprints_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 # what only steps of ours write: where one of them lies, a manifest must
-_MARKS = ("*/config.pbtxt", "vision.onnx", "vision.plan", "rank[0-9]*", "calibration.json")
+_MARKS = ("*/config.pbtxt", "vision.onnx", "vision.plan", "rank[0-9]*", "calibration.json", INDEX_NAME)
 _PARTS_OF_WORKSPACE = ("engines", "triton_repo")
 # how a step's inputs are called that are files of its calibration list
 CALIBRATION_INPUT = "calibration "
@@ -140,7 +141,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     if _is_artifact(folder):
         yield folder
         return
-    for path in sorted(folder.iterdir()):
+    try:
+        below = sorted(folder.iterdir())
+    except OSError:  # whatever it holds cannot be vouched for
+        yield folder
+        return
+    for path in below:
         if path.is_symlink():
             yield from _behind(path)
         elif path.is_dir() and not path.name.startswith((".", "__")):
@@ -156,7 +162,10 @@ def _behind(link: Path) -> Iterator[Path]:
 
 
 def _is_artifact(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file() or any(True for mark in _MARKS for _ in folder.glob(mark))
+    try:
+        return (folder / MANIFEST_NAME).is_file() or any(True for mark in _MARKS for _ in folder.glob(mark))
+    except OSError:  # looked at all the same: then it is said what cannot be read
+        return True
 
 
 def verified(folder: Path, demand: Demand = DEFAULT_DEMAND, once: KnownDigests | None = None) -> Verified:
@@ -165,6 +174,9 @@ def verified(folder: Path, demand: Demand = DEFAULT_DEMAND, once: KnownDigests |
         return _looked_at(folder, demand, KnownDigests() if once is None else once)
     except NvlmError as problem:
         return Verified(folder, None, [_problem(problem)])
+    except PermissionError as problem:
+        mend = f"let this user read it: `chmod -R a+rX {folder}`, or run as the user who built it"
+        return Verified(folder, None, [Problem(f"{problem.filename} cannot be read: {problem.strerror}", mend)])
     except OSError as problem:
         return Verified(folder, None, [Problem(f"{problem.filename} cannot be read: {problem.strerror}", _FETCH)])
 

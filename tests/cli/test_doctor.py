@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -481,3 +482,16 @@ def test_a_profile_without_gpus_asks_nothing_of_those_that_are_here(capsys, smi)
         "fix": None,
     }
     assert not {"GPU", "MIG", "GPU memory"} & found.keys()
+
+
+def test_a_workspace_that_cannot_be_written_to_is_a_finding(capsys, smi, tmp_path, monkeypatch) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    found = findings_of(capsys, "--profile", "cpu", "--workspace", in_the_way / "below")
+    assert (found["disk"]["passed"], "Not a directory" in found["disk"]["found"]) == (False, True)
+    found = findings_of(capsys, "--profile", "cpu", "--workspace", tmp_path / "new")
+    assert found["disk"]["passed"]
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and may(path, mode))
+    found = findings_of(capsys, "--profile", "cpu", "--workspace", tmp_path)
+    assert (found["disk"]["passed"], "Permission denied" in found["disk"]["found"]) == (False, True)

@@ -190,3 +190,12 @@ def test_marks_in_a_message_are_shown_as_they_are(monkeypatch, capsys) -> None:
     monkeypatch.setattr(main, "app", fail)
     main._exit_code([])
     assert capsys.readouterr().err == "error: [red]x[/red] :cat: `y\n"
+
+
+def test_the_document_comes_though_nobody_can_be_told_the_error() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*NVLM, "verify", "/nonexistent", "--json"], stdout=subprocess.PIPE, stderr=full, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert "no folder /nonexistent" in json.loads(done.stdout)["error"]["message"]

@@ -409,3 +409,22 @@ def test_what_is_no_ed25519_key_is_refused_with_the_command_that_makes_one(works
         assert exit_code_of("sign", workspace.repository, "--key", key) == 2
         assert "openssl genpkey -algorithm ed25519" in capsys.readouterr().err
     assert exit_code_of("verify", workspace.repository, "--public-key", keys / "owner.pem") == 2
+
+
+def test_a_hugging_face_folder_without_its_manifest_is_noticed_in_a_workspace(workspace, capsys) -> None:
+    folder = workspace.engines / "hf"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert exit_code_of("verify", workspace.root) == 1
+    assert "has no manifest.json" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_that(workspace, capsys, monkeypatch) -> None:
+    def refuse(_self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "model.py")
+
+    monkeypatch.setattr("nvlm_deploy.verification.changes", refuse)
+    assert exit_code_of("verify", workspace.repository) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model.py cannot be read: Permission denied" in shown
+    assert "chmod -R a+rX" in shown

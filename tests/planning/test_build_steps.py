@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.planning.build_steps import Host, StepEstimate, calibration_host_bytes, step_estimates
+from nvlm_deploy.planning.build_steps import (
+    Host,
+    StepEstimate,
+    calibration_host_bytes,
+    most_disk_bytes,
+    step_estimates,
+)
 from nvlm_deploy.planning.known_models import PlannedModel
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -93,3 +99,12 @@ def test_scratch_is_counted_where_a_step_removes_it(released, profile_with):
 def test_a_host_that_is_none_is_refused(host):
     with pytest.raises(NvlmError, match="is none"):
         Host(*host)
+
+
+def test_the_disk_of_a_build_is_its_fullest_moment() -> None:
+    def step(left: int, scratch: int) -> StepEstimate:
+        return StepEstimate("any", 0, "derived", left, None, "", scratch)
+
+    assert most_disk_bytes([step(10, 0), step(0, 50), step(30, 5)]) == 60
+    assert most_disk_bytes([step(10, 0), step(0, 20), step(30, 5)]) == 45
+    assert most_disk_bytes([]) == 0

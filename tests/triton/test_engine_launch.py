@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nvlm_deploy.errors import MachineError
+from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.triton import engine_launch, server
 from nvlm_deploy.triton.engine_fit import EngineFacts
 from nvlm_deploy.triton.engine_launch import engine_command, require_engine_server
@@ -137,3 +137,45 @@ def test_what_the_container_would_have_is_named(
     with pytest.raises(MachineError, match=words) as refusal:
         require_engine_server(facts(2))
     assert "-trtllm-python-py3" in (refusal.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("build_config", "max_batch_size", 0, "max_batch_size is 0, expected a whole number"),
+        ("build_config", "max_seq_len", float("inf"), "max_seq_len is inf, expected a whole number"),
+        ("pretrained_config", "vocab_size", True, "vocab_size is True, expected a whole number"),
+        (
+            "pretrained_config",
+            "mapping",
+            {"world_size": 3_000_000},
+            "world_size is 3000000, expected a whole",
+        ),
+        ("pretrained_config", "mapping", {}, "no 'world_size'"),
+        ("pretrained_config", "mapping", [], "list indices"),
+    ],
+)
+def test_numbers_that_no_engine_has_are_refused_by_name(tmp_path, section, key, value, said) -> None:
+    document = {
+        "version": "1.2.1",
+        "pretrained_config": {
+            "mapping": {"world_size": 2},
+            "dtype": "bfloat16",
+            "logits_dtype": "float32",
+            "vocab_size": 512,
+            "hidden_size": 256,
+        },
+        "build_config": {
+            "max_batch_size": 4,
+            "max_seq_len": 64,
+            "max_prompt_embedding_table_size": 128,
+            "plugin_config": {"use_paged_context_fmha": True},
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert EngineFacts.read(tmp_path).world_size == 2
+    document[section][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(NvlmError) as refusal:
+        EngineFacts.read(tmp_path)
+    assert said in refusal.value.message

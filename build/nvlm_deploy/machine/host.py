@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import re
 import shutil
@@ -33,5 +35,20 @@ def glibc_wanted_by(distribution: str) -> tuple[int, int] | None:
 
 def free_bytes(folder: Path) -> int:
     """Of the file system that holds a folder, which need not exist yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def require_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be put into a folder, or it cannot be made. Writes nothing."""
+    existing = _existing(folder)
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+def _existing(folder: Path) -> Path:
+    """Itself, or the nearest that is there above it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -136,7 +136,7 @@ def visible(gpus: Sequence[GpuFacts], chosen: str | None) -> tuple[GpuFacts, ...
     found: list[GpuFacts] = []
     for word in (word.strip() for word in chosen.split(",")):
         named = [gpu for gpu in gpus if word and (str(gpu.index) == word or gpu.uuid.startswith(word))]
-        if len(named) != 1:
+        if len(named) != 1 or named[0] in found:
             break
         found += named
     return tuple(found)

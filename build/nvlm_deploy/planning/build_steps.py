@@ -99,8 +99,12 @@ class _Build:
 
 
 def most_disk_bytes(steps: Sequence[StepEstimate]) -> int:
-    """What a build leaves, and what its largest step needs beside that while it runs."""
-    return sum(step.disk_bytes for step in steps) + max((step.scratch_bytes for step in steps), default=0)
+    """Of a whole build at any time: what the steps before have left, and what one leaves and needs while it runs."""
+    left = most = 0
+    for step in steps:
+        left += step.disk_bytes
+        most = max(most, left + step.scratch_bytes)
+    return most
 
 
 def step_estimates(model: PlannedModel, profile: Profile, host: Host | None = None) -> tuple[StepEstimate, ...]:

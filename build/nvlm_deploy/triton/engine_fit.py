@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm_deploy.artifacts import some
 from nvlm_deploy.checkpoint.reader import read_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine_arguments import engine_limits
@@ -23,6 +24,8 @@ from nvlm_deploy.triton.pbtxt import ModelConfig
 _TRITON_TYPES = {"bfloat16": "TYPE_BF16", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
 _LOGITS = ("context_logits", "generation_logits")
 ENGINES = "rank*.engine"
+# beyond any server, and any number that a config states
+MOST_RANKS, MOST_ANYTHING = 64, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,34 @@ class EngineFacts:
             return cls(
                 folder,
                 str(document["version"]),
-                int(model["mapping"]["world_size"]),
+                _count(model["mapping"], "world_size", MOST_RANKS),
                 str(model["dtype"]),
                 str(model["logits_dtype"]),
-                int(model["vocab_size"]),
-                int(model["hidden_size"]),
-                int(build["max_batch_size"]),
-                int(build["max_seq_len"]),
-                int(build["max_prompt_embedding_table_size"]),
+                _count(model, "vocab_size"),
+                _count(model, "hidden_size"),
+                _count(build, "max_batch_size"),
+                _count(build, "max_seq_len"),
+                _count(build, "max_prompt_embedding_table_size"),
                 build["plugin_config"]["use_paged_context_fmha"] is True,
             )
-        except (KeyError, TypeError, ValueError) as problem:
-            raise NvlmError(
-                f"{path} is not what trtllm-build writes beside its engines: {problem!r}",
-                hint="build the engines again: `nvlm build-llm`",
-            ) from None
+        except KeyError as problem:
+            raise _not_an_engines(path, f"no {problem}") from None
+        except (TypeError, ValueError) as problem:
+            raise _not_an_engines(path, str(problem)) from None
+
+
+def _count(section: Mapping[str, Any], key: str, most: int = MOST_ANYTHING) -> int:
+    value = section[key]
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{key} is {str(value)[:40]}, expected a whole number from 1 to {most}")
+    return value
+
+
+def _not_an_engines(path: Path, why: str) -> NvlmError:
+    return NvlmError(
+        f"{path} is not what trtllm-build writes beside its engines: {why}",
+        hint="build the engines again: `nvlm build-llm`",
+    )
 
 
 def require_engines_fit(facts: EngineFacts, configs: Sequence[ModelConfig], spec: ModelSpec) -> None:
@@ -87,7 +103,7 @@ def _missing_ranks(facts: EngineFacts) -> Iterator[str]:
 
 
 def _names(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return some(sorted(names)) or "none"
 
 
 def _differences(facts: EngineFacts, configs: Mapping[str, ModelConfig], spec: ModelSpec) -> Iterator[str]:

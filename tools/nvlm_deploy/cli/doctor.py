@@ -70,6 +70,8 @@ def doctor(
     what = profile or repository
     right_ones = f"profiles for this machine: {', '.join(found.profiles)}"
     good = f"{what} can run here" if what else right_ones
+    if repository is not None:
+        good += f"; whether it is what was built, `nvlm verify {repository}` says"
     _show(found.findings, found.as_json(), good, json_output=json_output)
     if what and not found.passed and not json_output:
         print(wrapped(right_ones, first=0, rest=2))

@@ -90,6 +90,7 @@ def _failed(problem: NvlmError, *, as_json: bool) -> int:
     """The error for people on stderr; with --json also as the one document on stdout."""
     with contextlib.suppress(OSError):  # a full disk behind the output: nobody to tell
         _show(problem)
+    with contextlib.suppress(OSError):
         if as_json:
             error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
             print(json.dumps({"error": error}), flush=True)

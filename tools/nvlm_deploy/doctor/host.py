@@ -12,7 +12,7 @@ from nvlm_deploy.doctor.needs import Needs
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, EXECUTABLE, found_tool, release_of
 from nvlm_deploy.llm.preflight import Finding
-from nvlm_deploy.machine.host import free_bytes, glibc_version, glibc_wanted_by, python_version
+from nvlm_deploy.machine.host import free_bytes, glibc_version, glibc_wanted_by, python_version, require_writable
 from nvlm_deploy.machine.resources import available_memory
 from nvlm_deploy.triton.installation import find_installation, libpython_folder
 from nvlm_deploy.triton.server import SHARED_MEMORY, Ports
@@ -170,7 +170,13 @@ def _memory(needs: Needs | None) -> Finding:
 
 
 def _disk(needs: Needs | None, workspace: Path) -> Finding:
-    free, wanted = free_bytes(workspace), needs.disk_bytes if needs else 0
+    wanted = needs.disk_bytes if needs else 0
+    try:
+        require_writable(workspace)
+        free = free_bytes(workspace)
+    except OSError as problem:
+        found = f"{workspace} cannot be written to: {problem.strerror}"
+        return Finding("disk", False, found, "let this user write there, or choose another: `--workspace FOLDER`")
     found = f"{_size(free)} free for {workspace}" + (f", {_size(wanted)} needed to build (derived)" if wanted else "")
     fix = "free space (`df -h`), or choose another disk: `--workspace FOLDER`"
     return Finding("disk", free >= wanted, found, None if free >= wanted else fix)

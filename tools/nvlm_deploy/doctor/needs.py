@@ -95,6 +95,7 @@ def needs_of_profile(profile: Profile, checkpoint: Path | None) -> Needs:
 def needs_of_repository(repository: Path) -> Needs:
     """For serving it. Raises NvlmError for a folder that is none, or that does not say its profile."""
     from nvlm_deploy.serving.settings import SPEC_FILE, spec_from_json
+    from nvlm_deploy.triton.repository import read_repository
 
     manifest = read_manifest(repository)
     found = sorted(repository.glob(f"*/*/{SPEC_FILE}"))
@@ -103,8 +104,9 @@ def needs_of_repository(repository: Path) -> Needs:
     name = found[0].relative_to(repository).as_posix()
     if manifest.outputs.get(name) != sha256_of(found[0]):
         raise NvlmError(f"{found[0]} is not what was built", hint=f"`nvlm verify {repository}` says what else is not")
+    read_repository(repository)
     profile = _profile_of(manifest, repository)
-    spec = spec_from_json(found[0].read_text(encoding="utf-8"))
+    spec = spec_from_json(found[0].read_bytes())
     fingerprints = fingerprints_of(manifest, str(repository))
     return Needs(profile, load_sku(profile.sku), spec, fingerprints=fingerprints)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nvlm_deploy.machine.resources import Machine
+from nvlm_deploy.planning.build_steps import most_disk_bytes
 from nvlm_deploy.planning.listing import Listed, sku_of_machine
 from nvlm_deploy.planning.memory import GpuAccount
 from nvlm_deploy.planning.plan import Plan, legal_splits
@@ -28,6 +29,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "sku": plan.sku.name,
         "gpus": plan.gpus,
         "price_usd_per_hour": plan.price_usd_per_hour,
+        "price_evidence": "published",
         "fits": memory.fits,
         "why_not": None if memory.fits else memory.why_not,
         "warning": plan.warning,
@@ -41,7 +43,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "evidence": "derived",
         },
         "host": asdict(plan.host),
-        "steps": [asdict(step) for step in plan.steps],
+        "steps": [{**asdict(step), "disk_evidence": "derived", "seconds_evidence": "derived"} for step in plan.steps],
+        "most_disk_bytes": most_disk_bytes(plan.steps),
         "workload": {**asdict(plan.workload), "prompt_tokens": plan.workload.prompt_tokens(plan.model.spec)},
         "images": {
             "max_images": plan.profile.serving.max_images,
@@ -69,6 +72,7 @@ def profiles_as_json(listed: Sequence[Listed], machine: Machine, model_name: str
             "gpus": [asdict(gpu) for gpu in machine.gpus],
             "sku": sku_of_machine(machine),
             "available_bytes": machine.available_bytes,
+            "evidence": "measured",
         },
         "model": model_name,
         "profiles": [_listed_as_json(row) for row in listed],
@@ -84,6 +88,7 @@ def _listed_as_json(row: Listed) -> dict[str, Any]:
             "needed_for_one_sequence_bytes": row.plan.memory.needed_bytes(gpu),
             "visible_bytes": gpu.visible_bytes,
             "kv_tokens": row.plan.memory.kv_tokens,
+            "evidence": "derived",
         }
     return {"name": row.name, "verdict": row.verdict, "reason": row.reason, "gpus": row.gpus, "sku": row.sku, **numbers}
 

@@ -52,8 +52,8 @@ def spec_as_json(spec: ModelSpec) -> str:
     return json.dumps(asdict(spec), indent=2, sort_keys=True) + "\n"
 
 
-def spec_from_json(text: str) -> ModelSpec:
-    """The ModelSpec in JSON text; NvlmError when it is of another shape."""
+def spec_from_json(text: str | bytes) -> ModelSpec:
+    """The ModelSpec in JSON text, bytes of UTF-8; NvlmError when it is of another shape."""
     try:
         spec = TypeAdapter(ModelSpec).validate_json(text, strict=True)
     except ValidationError as problem:

@@ -16,22 +16,18 @@ import pytest
 
 from nvlm_deploy import digest
 from nvlm_deploy.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
     clear_partial,
     digests,
-    read_manifest,
     replace_file,
     replace_folder,
-    sha256_of,
-    sha256_of_json,
     tool_versions,
     verify,
     write_manifest,
     write_text,
 )
-from nvlm_deploy.digest import KnownDigests
+from nvlm_deploy.digest import KnownDigests, sha256_of
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of_json
 
 
 def manifest_of(folder: Path, **changes: object) -> Manifest:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_deploy.artifacts import digests, read_manifest, write_manifest
+from nvlm_deploy.artifacts import digests, write_manifest
 from nvlm_deploy.errors import MachineError, NvlmError, RejectedError
 from nvlm_deploy.fingerprint import (
     Fingerprint,
@@ -26,6 +26,7 @@ from nvlm_deploy.fingerprint import (
     require_fitting_repository,
 )
 from nvlm_deploy.machine.nvidia_smi import connections_of, gpus_here, gpus_of, visible
+from nvlm_deploy.manifest import read_manifest
 from nvlm_deploy.profile import load_profile
 from nvlm_deploy.triton.servable import remove_caches, require_servable
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from nvlm_deploy import digest
-from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, sha256_of, verify
+from nvlm_deploy.artifacts import verify
 from nvlm_deploy.checkpoint.resumable import OpenTensor, tensor_files
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import MANIFEST_NAME, read_manifest
 from nvlm_deploy.pipeline import Pipeline, State, Step, run_step
 
 

@@ -13,15 +13,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from nvlm_deploy.digest import sha256_of as sha256_of  # what most callers want of that module
 from nvlm_deploy.digest import sha256_of_files
 from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.manifest import EVIDENCE_LEVELS as EVIDENCE_LEVELS  # a manifest's nouns, for who handles artifacts
-from nvlm_deploy.manifest import LICENCE_NOTE as LICENCE_NOTE
-from nvlm_deploy.manifest import MANIFEST_NAME as MANIFEST_NAME
-from nvlm_deploy.manifest import Manifest as Manifest
-from nvlm_deploy.manifest import read_manifest as read_manifest
-from nvlm_deploy.manifest import sha256_of_json as sha256_of_json
+from nvlm_deploy.manifest import EVIDENCE_LEVELS, MANIFEST_NAME, Manifest, read_manifest
 
 SIGNATURE_NAME = "manifest.json.sig"
 # by what it holds a run goes on with the files of a killed one; no part of the finished folder

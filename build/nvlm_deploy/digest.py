@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,16 +21,24 @@ _AHEAD_BYTES = 1 << 22
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, streamed. OSError when it cannot be read to its end."""
-    digest, buffer, position = hashlib.sha256(), memoryview(bytearray(_READ_BYTES)), 0
+    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while True:
-            with suppress(OSError):  # a pipe or a file system that takes no advice
-                os.posix_fadvise(file.fileno(), position + _READ_BYTES, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-            count = file.readinto(buffer)
-            if not count:
-                return digest.hexdigest()
-            digest.update(buffer[:count])
-            position += count
+        for piece in pieces(file.fileno(), range(os.fstat(file.fileno()).st_size)):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def pieces(descriptor: int, places: range) -> Iterator[memoryview]:
+    """The bytes there of an open file, each piece good until the next; fewer where the file ends."""
+    buffer, position = memoryview(bytearray(min(_READ_BYTES, len(places)))), places.start
+    while position < places.stop:
+        with suppress(OSError):  # a file system that takes no advice
+            os.posix_fadvise(descriptor, position + _READ_BYTES, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        count = os.preadv(descriptor, [buffer[: places.stop - position]], position)
+        if not count:
+            return
+        yield buffer[:count]
+        position += count
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[Path, str]:

@@ -18,13 +18,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from nvlm_deploy.artifacts import Manifest, read_manifest, some, tool_versions
+from nvlm_deploy.artifacts import some, tool_versions
 from nvlm_deploy.errors import MachineError, NvlmError, RejectedError, faults_of
 from nvlm_deploy.machine.nvidia_smi import GpuFacts, Gpus, gpus_here
-from nvlm_deploy.profile import load_profile, profile_folder
-from nvlm_deploy.sku import load_sku
+from nvlm_deploy.manifest import Manifest, read_manifest
+from nvlm_deploy.profile import load_profile, profile_names
+from nvlm_deploy.sku import TENSORRT, TENSORRT_LLM, TENSORRT_RTX, load_sku
 
-TENSORRT, TENSORRT_RTX, TENSORRT_LLM = "tensorrt", "tensorrt_rtx", "tensorrt_llm"
 # the profile's runtime -> the distributions whose versions its engines depend on; the first of each group that is here
 _PARTS: Mapping[str, Mapping[str, Sequence[str]]] = {
     TENSORRT: {"TensorRT": ("tensorrt",), "TensorRT-LLM": ("tensorrt_llm",)},
@@ -199,8 +199,7 @@ def require_fitting(fingerprints: Mapping[str, Fingerprint], origin: str) -> Non
 
 def profiles_for(found: Gpus) -> list[str]:
     """Shipped profiles whose SKU is among these GPUs, in the number that they take, and those for no GPU."""
-    names = sorted(file.stem for file in profile_folder().glob("*.toml"))
-    return [name for name in names if _runs_here(name, found)]
+    return [name for name in profile_names() if _runs_here(name, found)]
 
 
 def _runs_here(name: str, found: Gpus) -> bool:

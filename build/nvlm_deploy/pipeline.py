@@ -16,16 +16,12 @@ from typing import Any, TextIO
 
 from nvlm_deploy.artifacts import (
     JOURNAL_NAME,
-    MANIFEST_NAME,
     Artifact,
-    Manifest,
     clear_partial,
     digests,
     disk_errors,
-    read_manifest,
     replace_folder,
     resumable_folder,
-    sha256_of_json,
     tool_versions,
     verify,
     write_manifest,
@@ -33,6 +29,7 @@ from nvlm_deploy.artifacts import (
 from nvlm_deploy.digest import KNOWN_DIGESTS
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.fingerprint import Fingerprint, cohort_versions
+from nvlm_deploy.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_of_json
 from nvlm_deploy.verification import calibration_of
 
 log = logging.getLogger(__name__)

@@ -8,19 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.progress import Progress, silent
 from nvlm_deploy.samples import SAMPLES_NAME, PlacedSample, Sample, read_placed_samples
+from nvlm_deploy.sku import TENSORRT_LLM
 
 TOKENIZER_NAME = "tokenizer.json"
-TENSORRT_LLM = "tensorrt_llm"
 # in the order in which they read one another
 STEP_NAMES = (
     "export-vision",

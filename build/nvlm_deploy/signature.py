@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, SIGNATURE_NAME, read_manifest, verify, write_text
+from nvlm_deploy.artifacts import SIGNATURE_NAME, verify, write_text
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import MANIFEST_NAME, read_manifest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

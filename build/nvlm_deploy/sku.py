@@ -14,8 +14,9 @@ from nvlm_deploy.errors import NvlmError, unknown_name
 FIRST_WITH_BF16 = (8, 0)
 FIRST_WITH_FP8 = (8, 9)
 
-
 RuntimeName = Literal["onnxruntime", "reference", "tensorrt", "tensorrt_llm", "tensorrt_rtx"]
+ONNX_RUNTIME, REFERENCE = "onnxruntime", "reference"
+TENSORRT, TENSORRT_LLM, TENSORRT_RTX = "tensorrt", "tensorrt_llm", "tensorrt_rtx"
 DataType = Literal["bf16", "fp16", "fp8"]
 
 

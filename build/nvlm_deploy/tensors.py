@@ -76,8 +76,12 @@ TEMPERATURE = _optional("temperature", "float32")
 TOP_K = _optional("top_k", "int32")
 TOP_P = _optional("top_p", "float32")
 REPETITION_PENALTY = _optional("repetition_penalty", "float32")
+PRESENCE_PENALTY = _optional("presence_penalty", "float32")
+FREQUENCY_PENALTY = _optional("frequency_penalty", "float32")
+MIN_TOKENS = _optional("min_tokens", "int32")
 SEED = _optional("seed", "uint64")
 STOP_WORDS = _optional("stop_words", "string", "stop_words")
+BAD_WORDS = _optional("bad_words", "string", "bad_words")
 STREAM = _optional("stream", "bool")
 REQUEST_INPUTS = (
     TEXT_INPUT,
@@ -87,8 +91,12 @@ REQUEST_INPUTS = (
     TOP_K,
     TOP_P,
     REPETITION_PENALTY,
+    PRESENCE_PENALTY,
+    FREQUENCY_PENALTY,
+    MIN_TOKENS,
     SEED,
     STOP_WORDS,
+    BAD_WORDS,
     STREAM,
 )
 

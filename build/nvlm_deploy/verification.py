@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, Manifest, changes, files_of, read_manifest, some
+from nvlm_deploy.artifacts import changes, files_of, some
 from nvlm_deploy.checkpoint.reader import INDEX_NAME
 from nvlm_deploy.digest import KnownDigests
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import fingerprints_of
-from nvlm_deploy.manifest import CalibrationList
+from nvlm_deploy.manifest import MANIFEST_NAME, CalibrationList, Manifest, read_manifest
 from nvlm_deploy.samples import SAMPLES_NAME
 from nvlm_deploy.signature import require_signature
 

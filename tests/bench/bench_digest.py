@@ -32,9 +32,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_deploy.artifacts import Manifest, digests, read_manifest, write_manifest
+from nvlm_deploy.artifacts import digests, write_manifest
 from nvlm_deploy.checkpoint.read_back import read_back
 from nvlm_deploy.checkpoint.resumable import tensor_files
+from nvlm_deploy.manifest import Manifest, read_manifest
 from nvlm_deploy.pipeline import Step, run_step
 from nvlm_deploy.report.device import device_name
 from nvlm_deploy.report.measurement import Bar, Measurement, Verdict, all_hold
@@ -49,10 +50,8 @@ MOST_READ = 1.01
 
 OURS = """
 import sys
-from nvlm_deploy.cli import main, verify
-import typer
-app = typer.Typer(); app.callback()(lambda: None); verify.register(app); main.app = app
-main.run(["verify", sys.argv[1], "--json"])
+from nvlm_deploy.cli.main import run
+run(["verify", sys.argv[1], "--json"])
 """
 
 

@@ -33,7 +33,7 @@ from nvlm_deploy.report.measurement import Bar, Measurement, Verdict, all_hold
 from nvlm_deploy.report.tables import difference_sentence, verdict_table
 from nvlm_deploy.sample_embeddings import tiles_of_file
 from nvlm_deploy.samples import Sample, read_samples
-from nvlm_deploy.sku import load_sku
+from nvlm_deploy.sku import TENSORRT_RTX, load_sku
 from nvlm_deploy.validate.in_process import InProcessModel, reference_model
 from nvlm_deploy.validate.tasks import Comparison, Scored, scored
 from nvlm_deploy.vision.engine import OnnxRuntimeEngine
@@ -41,7 +41,7 @@ from nvlm_deploy.vision.export import Fp8Source, onnx_from_checkpoint
 from nvlm_deploy.vision.lowering import write_lowered
 from nvlm_deploy.vision.numerics.compare import cosines, noise_tiles
 from nvlm_deploy.vision.qdq import Fp8Choice
-from nvlm_deploy.vision.tensorrt import TENSORRT_RTX, BuildSettings, engine_from_onnx, tile_range
+from nvlm_deploy.vision.tensorrt import BuildSettings, engine_from_onnx, tile_range
 
 HERE = Path(__file__).parent
 WORKSPACE = Path("engines/bench/vision-fp8")

@@ -17,8 +17,8 @@ import torch
 from nvlm_deploy.checkpoint.reader import INDEX_NAME
 from nvlm_deploy.checkpoint.stream import tensor_stream
 from nvlm_deploy.model.inventory import vision_tensors
+from nvlm_deploy.model.released import NVLM_D_72B
 from nvlm_deploy.model.spec import VisionSpec, spec_from_config
-from nvlm_deploy.planning.known_models import NVLM_D_72B
 from nvlm_deploy.vision.heads import PADDED_TENSORS
 
 RELEASED_LAYERS = 45

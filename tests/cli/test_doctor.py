@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from nvlm_deploy.checkpoint.trtllm import checkpoint_writer
 from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
-from nvlm_deploy.cli import doctor, main
+from nvlm_deploy.cli import main
 from nvlm_deploy.doctor import host
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.fingerprint import built_here
@@ -32,15 +31,6 @@ for fakes in (TESTS / "llm" / "fakes", TESTS / "machine"):
 from built import Workspace  # noqa: E402
 from fake_container import FakeContainer  # noqa: E402
 from fake_nvidia_smi import FakeNvidiaSmi, install, row  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb on an app of its own, under the entry point's handling of errors."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    doctor.register(app)
-    monkeypatch.setattr(main, "app", app)
 
 
 @pytest.fixture

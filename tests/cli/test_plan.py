@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
-from nvlm_deploy.cli import main, plan
+from nvlm_deploy.cli import main
 from nvlm_deploy.profile import load_profile, profile_folder, profile_names
 from nvlm_deploy.sku import sku_names
 
@@ -44,12 +43,7 @@ MOST_SECONDS = 2.0
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb on an app of its own, under the entry point's handling of errors."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    plan.register(app)
-    monkeypatch.setattr(main, "app", app)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 

@@ -6,20 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 
-from nvlm_deploy.cli import main, profiles
+from nvlm_deploy.cli import main
 from nvlm_deploy.machine import resources
 from nvlm_deploy.machine.resources import Gpu, Machine
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verb on an app of its own, under the entry point's handling of errors."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    profiles.register(app)
-    monkeypatch.setattr(main, "app", app)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, SIGNATURE_NAME
-from nvlm_deploy.cli import main, serve, verify
+from nvlm_deploy.artifacts import SIGNATURE_NAME
+from nvlm_deploy.cli import main
+from nvlm_deploy.manifest import MANIFEST_NAME
 from nvlm_deploy.profile import load_profile
 
 MACHINE = Path(__file__).parents[1] / "machine"
@@ -22,16 +22,6 @@ if str(MACHINE) not in sys.path:
     sys.path.insert(0, str(MACHINE))
 
 from built import Workspace, flip  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verbs on an app of their own, under the entry point's handling of errors."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    for verb in (verify, serve):
-        verb.register(app)
-    monkeypatch.setattr(main, "app", app)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +145,8 @@ def resealed(repository: Path, **changes: object) -> None:
     """As somebody would who has this tool and no key."""
     from dataclasses import replace
 
-    from nvlm_deploy.artifacts import read_manifest, write_manifest
+    from nvlm_deploy.artifacts import write_manifest
+    from nvlm_deploy.manifest import read_manifest
 
     write_manifest(repository, replace(read_manifest(repository), **changes))
 
@@ -178,8 +169,8 @@ def test_a_manifest_with_a_right_seal_and_wrong_content_raises_nothing(workspace
 
 def test_whatever_a_manifest_with_a_right_seal_says_is_an_answer_and_no_bug(workspace) -> None:
     """Any value of any kind in the place of any other, sealed anew by somebody who knows how."""
-    from nvlm_deploy.artifacts import sha256_of_json
     from nvlm_deploy.errors import NvlmError
+    from nvlm_deploy.manifest import sha256_of_json
     from nvlm_deploy.triton.servable import require_servable
     from nvlm_deploy.verification import verified
 

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3
-from nvlm_deploy.model.fp8_linear import Fp8Linear
+from nvlm_deploy.model.fp8 import to_e4m3
+
+MODEL_TESTS = Path(__file__).parents[1] / "model"
+if str(MODEL_TESTS) not in sys.path:
+    sys.path.insert(0, str(MODEL_TESTS))
+
+from fp8_layers import expected, layer_of  # noqa: E402
 
 # (out, in): small, the released decoder's attention output, a slice of its MLP
 SHAPES = [(48, 32), (8192, 8192), (3696, 8192)]
 BF16_ROUNDING = 2**-8
-
-
-def layer_of(shape: tuple[int, int], *, per_channel: bool, dynamic: bool) -> Fp8Linear:
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
-    scale = scale_from_amax(weight.abs().amax(dim=1) if per_channel else weight.abs().amax())
-    codes = to_e4m3(weight, scale[:, None] if per_channel else scale)
-    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1))
-    return Fp8Linear(codes, scale, None if dynamic else torch.tensor(0.01), bias.bfloat16())
-
-
-def expected(layer: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-    scale = layer.activation_scale
-    if scale is None:
-        scale = scale_from_amax(x.abs().amax(dim=-1, keepdim=True))
-    operand = to_e4m3(x, scale).double() * scale.double()
-    weight = layer.weight.double() * layer.weight_scale.double().reshape(-1, 1)
-    assert layer.bias is not None
-    return operand @ weight.T + layer.bias.double()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -17,11 +17,12 @@ import torch
 from nvlm_deploy.artifacts import JOURNAL_NAME, digests
 from nvlm_deploy.checkpoint.trtllm import CheckpointWriter
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Parallelism
+from nvlm_deploy.checkpoint.unfinished import PROGRESS_NAME
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm import calibrate as calibrating
 from nvlm_deploy.llm import hidden_states
 from nvlm_deploy.llm.calibrate import CalibrationResult, calibrate
-from nvlm_deploy.llm.hidden_states import PROGRESS_NAME, CalibrationState, HiddenStates
+from nvlm_deploy.llm.hidden_states import CalibrationState, HiddenStates
 from nvlm_deploy.llm.observed import ObservedLayer
 from nvlm_deploy.llm.trtllm import trtllm_checkpoint_from
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3, widened
-from nvlm_deploy.model.fp8_linear import BLOCK_ELEMENTS, SMALL_ELEMENTS, Fp8Linear
+from nvlm_deploy.model.fp8_linear import BLOCK_ELEMENTS, SMALL_ELEMENTS
 from nvlm_deploy.model.linear import LARGE_ELEMENTS, InferenceLinear
+
+if str(Path(__file__).parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent))
+
+from fp8_layers import expected, layer_of, noise
 
 # (out, in): kept wide as well; in one block; in several blocks, the last of them shorter
 SIZES = {"small": (48, 32), "one block": (528, 512), "blocks": (1120, 1024)}
@@ -17,28 +25,6 @@ SIZES = {"small": (48, 32), "one block": (528, 512), "blocks": (1120, 1024)}
 def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
     shape: tuple[int, int] = request.param
     return shape
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def layer_of(shape: tuple[int, int], *, per_channel: bool, dynamic: bool, bias: bool = True) -> Fp8Linear:
-    weight = noise(*shape)
-    scale = scale_from_amax(weight.abs().amax(dim=1) if per_channel else weight.abs().amax())
-    codes = to_e4m3(weight, scale[:, None] if per_channel else scale)
-    return Fp8Linear(codes, scale, None if dynamic else torch.tensor(0.01), noise(shape[0]) if bias else None)
-
-
-def expected(layer: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-    """The dequantised operands multiplied in float64."""
-    scale = layer.activation_scale
-    if scale is None:
-        scale = scale_from_amax(x.abs().amax(dim=-1, keepdim=True))
-    rounded = to_e4m3(x, scale).double() * scale.double()
-    weight = layer.weight.double() * layer.weight_scale.double().reshape(-1, 1)
-    assert layer.bias is not None
-    return rounded @ weight.T + layer.bias.double()
 
 
 KINDS = pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.planning.known_models import NVLM_D_72B, planned_model
+from nvlm_deploy.model.released import NVLM_D_72B
+from nvlm_deploy.planning.known_models import planned_model
 
 
 def test_the_released_model_has_the_parameters_it_is_listed_with(released):

@@ -21,10 +21,9 @@ from nvlm_deploy.planning.listing import (
 from nvlm_deploy.planning.plan import make_plan
 from nvlm_deploy.planning.slo import Slo, choose
 from nvlm_deploy.profile import load_profile, profile_names
-from nvlm_deploy.recipe import Recipe
+from nvlm_deploy.recipe import Recipe, steps_of_build
 from nvlm_deploy.report.planning import system_sentence
 from nvlm_deploy.sku import load_sku, sku_names
-from nvlm_deploy.steps.order import steps_of_build
 
 GIB = 1 << 30
 LAPTOP = Machine(24 * GIB, ())

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, digests
+from nvlm_deploy.artifacts import digests
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import MANIFEST_NAME
 from nvlm_deploy.pipeline import Pipeline, Step
 from nvlm_deploy.profile import load_profile
 from nvlm_deploy.recipe import Recipe

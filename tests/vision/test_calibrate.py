@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.checkpoint.unfinished import PROGRESS_NAME
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
 from nvlm_deploy.vision import calibrate
 from nvlm_deploy.vision.calibrate import TILES_PER_RUN, VisionCalibration, calibrate_vision
-from nvlm_deploy.vision.calibration_state import PROGRESS_NAME, CalibrationState
+from nvlm_deploy.vision.calibration_state import CalibrationState
 from nvlm_deploy.vision.heads import pruned, real_chunks
 from nvlm_deploy.vision.numerics.compare import noise_tiles
 from nvlm_deploy.vision.qdq import LINEAR_INPUTS

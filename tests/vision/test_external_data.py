@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nvlm_deploy import digest
-from nvlm_deploy.artifacts import JOURNAL_NAME, sha256_of
+from nvlm_deploy.artifacts import JOURNAL_NAME
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.vision.external_data import PAGE_BYTES, Weight, slots_of, stream_weights, weight_of_tensor
 

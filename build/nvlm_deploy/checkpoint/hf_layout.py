@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import prod
 from typing import Any
 
-from nvlm_deploy.checkpoint.stream import DTYPES, Tensors
+from nvlm_deploy.checkpoint.stream import Tensors, tensor_bytes
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.inventory import PARTS, Shape, expected_tensors
@@ -44,7 +43,7 @@ class HfTensor:
 
     @property
     def size_bytes(self) -> int:
-        return DTYPES[self.dtype][1] * prod(self.shape)
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)

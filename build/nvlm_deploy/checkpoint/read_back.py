@@ -7,16 +7,13 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from nvlm_deploy.digest import pieces
 from nvlm_deploy.progress import Progress
 
 CHECK_DISK = "check the disk"
-_READ_BYTES = 1 << 20
-# asked of the disk while earlier bytes are hashed
-_AHEAD_BYTES = 1 << 22
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -55,7 +52,7 @@ def read_back(
     """
     digest, checksums = hashlib.sha256(), dict.fromkeys(parts, 0)
     for name, places in _in_order(parts, os.fstat(descriptor).st_size):
-        for piece in _pieces(descriptor, places):
+        for piece in pieces(descriptor, places):
             digest.update(piece)
             if name is not None:
                 checksums[name] = zlib.crc32(piece, checksums[name])
@@ -67,7 +64,7 @@ def read_back(
 def checksum(descriptor: int, part: range) -> int:
     """CRC-32 of some bytes of an open file."""
     found = 0
-    for piece in _pieces(descriptor, part):
+    for piece in pieces(descriptor, part):
         found = zlib.crc32(piece, found)
     return found
 
@@ -86,16 +83,3 @@ def _in_order(parts: Mapping[Name, range], size_bytes: int) -> Iterator[tuple[Na
         yield name, part
         position = part.stop
     yield None, range(position, size_bytes)
-
-
-def _pieces(descriptor: int, places: range) -> Iterator[memoryview]:
-    """The bytes there, each piece good until the next; fewer where the file ends."""
-    buffer, position = memoryview(bytearray(min(_READ_BYTES, len(places)))), places.start
-    while position < places.stop:
-        with suppress(OSError):  # a file system that takes no advice
-            os.posix_fadvise(descriptor, position, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        count = os.preadv(descriptor, [buffer[: places.stop - position]], position)
-        if not count:
-            return
-        yield buffer[:count]
-        position += count

@@ -69,6 +69,12 @@ class Checkpoint:
     def shards(self) -> list[Path]:
         return sorted({info.shard for info in self.infos.values()})
 
+    @property
+    def shard_states(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of each shard: a killed run goes on only where they are the same."""
+        states = [(shard.name, shard.stat()) for shard in self.shards]
+        return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+
     @cached_property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.infos.values())

@@ -27,8 +27,6 @@ from nvlm_deploy.progress import Progress, silent
 if TYPE_CHECKING:
     import torch
 
-# what `artifacts.replace_file` had not renamed when a run was killed
-_HALF_WRITTEN = ".partial-*"
 _SETTLE_BYTES = 1 << 26
 # what stat counts in, on every file system
 _BLOCK_BYTES = 512
@@ -48,7 +46,6 @@ def tensor_files(
     The folder may hold what a killed run of the same `identity` left. Disk space is taken at once. Raises MachineError
     when there is too little of it and when a file holds other bytes than were written.
     """
-    _remove_half_written(folder)
     journal = Journal(folder, identity)
     _require_space(folder, headers)
     with ExitStack() as opened:
@@ -209,11 +206,6 @@ def _opened(path: Path, tensors: Tensors, *, fresh: bool) -> Iterator[_File]:
         _allocate(file.fileno(), size)
         os.pwrite(file.fileno(), header, 0)
         yield _File(path, file.fileno(), len(header), places)
-
-
-def _remove_half_written(folder: Path) -> None:
-    for path in folder.glob(_HALF_WRITTEN):
-        path.unlink()
 
 
 def _require_space(folder: Path, headers: Mapping[str, Tensors]) -> None:

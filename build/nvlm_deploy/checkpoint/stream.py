@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from nvlm_deploy.checkpoint.read_back import CHECK_DISK, checksum
 from nvlm_deploy.errors import MachineError
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ DTYPES = {
     "F16": ("torch.float16", 2),
     "F8_E4M3": ("torch.float8_e4m3fn", 1),
 }
-_READ_BACK_BYTES = 1 << 24
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Of a tensor of safetensors' type `dtype`."""
+    return DTYPES[dtype][1] * prod(shape)
+
 
 # name -> (dtype, shape)
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -40,7 +46,7 @@ class Place:
 
     @property
     def size_bytes(self) -> int:
-        return DTYPES[self.dtype][1] * prod(self.shape)
+        return tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -75,17 +81,9 @@ class TensorStream:
             raise ValueError(f"{self.path.name}: {len(unwritten)} tensors never written, as {min(unwritten)}")
         self.file.flush()
         for name, place in self.places.items():
-            if self._checksum(place) != self.checksums[name]:
-                raise MachineError(
-                    f"{name} read back from {self.path} differs from what was written", hint="check the disk"
-                )
-
-    def _checksum(self, place: Place) -> int:
-        self.file.seek(self.data_start + place.begin)
-        checksum = 0
-        for start in range(0, place.size_bytes, _READ_BACK_BYTES):
-            checksum = zlib.crc32(self.file.read(min(_READ_BACK_BYTES, place.size_bytes - start)), checksum)
-        return checksum
+            begin = self.data_start + place.begin
+            if checksum(self.file.fileno(), range(begin, begin + place.size_bytes)) != self.checksums[name]:
+                raise MachineError(f"{name} read back from {self.path} differs from what was written", hint=CHECK_DISK)
 
 
 def require_dtype(name: str, place: Place, tensor: torch.Tensor) -> None:

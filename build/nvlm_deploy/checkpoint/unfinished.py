@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from nvlm_deploy.artifacts import sha256_of_json, write_text
+from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.checkpoint.reader import Checkpoint, read_header, read_json
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.manifest import sha256_of_json
 
+PROGRESS_NAME = "progress.json"
 _SEAL = "seal"
 
 
@@ -35,6 +37,17 @@ def read_sealed_json(path: Path) -> dict[str, Any] | None:
         return None
     seal = document.pop(_SEAL, None)
     return document if seal == sha256_of_json(document) else None
+
+
+def record_progress(folder: Path, digest: str, finished: Mapping[str, Any]) -> None:
+    """From here a run goes on that is killed now; `digest` says what it was a run of."""
+    write_sealed_json(folder / PROGRESS_NAME, {"digest": digest, **finished})
+
+
+def recorded_progress(folder: Path, digest: str) -> dict[str, Any] | None:
+    """What was recorded last; None where it was of another `digest`, or is damaged."""
+    document = read_sealed_json(folder / PROGRESS_NAME)
+    return document if document is not None and document["digest"] == digest else None
 
 
 def checksum_of(states: torch.Tensor) -> int:

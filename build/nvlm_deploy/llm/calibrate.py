@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.soundness import magnitude
 from nvlm_deploy.checkpoint.unfinished import DamagedStatesError, read_sealed_json, write_sealed_json
@@ -28,7 +27,9 @@ from nvlm_deploy.llm.hidden_states import (
     runs_of,
     samples_digest_of,
 )
-from nvlm_deploy.llm.observed import ObservedLayer, compute_device
+from nvlm_deploy.llm.observed import ObservedLayer
+from nvlm_deploy.manifest import sha256_of_json
+from nvlm_deploy.model.device import compute_device
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec
 from nvlm_deploy.progress import Progress, silent
 
@@ -223,9 +224,8 @@ def _digest(checkpoint: Checkpoint, spec: DecoderSpec, choices: list[str | None]
     """Of all that decides the result to the last bit: shards, unchanged; mathematics; samples; what computes, and with
     how many threads, as a product's sums are shared among them.
     """
-    shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
     machine = [compute_device().type, torch.__version__, torch.get_num_threads()]
-    return sha256_of_json([str(checkpoint.folder), shards, asdict(spec), choices, machine])
+    return sha256_of_json([str(checkpoint.folder), checkpoint.shard_states, asdict(spec), choices, machine])
 
 
 def _checked(samples: Iterable[torch.Tensor], spec: DecoderSpec) -> Iterator[torch.Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from nvlm_deploy.artifacts import replace_file, sha256_of
+from nvlm_deploy.artifacts import replace_file
+from nvlm_deploy.checkpoint.stream import tensor_bytes
 from nvlm_deploy.checkpoint.trtllm import read_checkpoint
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout
 from nvlm_deploy.checkpoint.trtllm_layout import Layout
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.engine_arguments import Argument, EngineLimits, engine_arguments
 from nvlm_deploy.llm.engine_config import expected_config, require_as_asked
@@ -31,7 +32,6 @@ TIMING_CACHE_NAME = "timing.cache"
 # times (8.1 GB, 17.7 GiB) at the line "Build phase peak memory".
 COPIES_OF_WEIGHTS = 3
 BASE_BYTES = 4 << 30
-_DTYPE_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def rank_memory_bytes(layout: Layout) -> int:
     """Host memory that the build of the largest rank is thought to need (the rule is at COPIES_OF_WEIGHTS)."""
     ranks = range(layout.parallelism.world_size)
     weights = max(
-        sum(_DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in layout.rank_tensors(rank).values()) for rank in ranks
+        sum(tensor_bytes(dtype, shape) for dtype, shape in layout.rank_tensors(rank).values()) for rank in ranks
     )
     return COPIES_OF_WEIGHTS * weights + BASE_BYTES
 

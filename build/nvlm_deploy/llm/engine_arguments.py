@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.sku import Sku
 
-FP8, FP8_PER_CHANNEL = "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
 TOKENS_PER_BLOCK = 32
 # trtllm-build's own default; above 16384 it warns that nothing is gained
 DEFAULT_NUM_TOKENS = 8192

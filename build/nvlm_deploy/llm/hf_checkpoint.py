@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, resumable_folder, sha256_of, sha256_of_json, write_text
+from nvlm_deploy.artifacts import resumable_folder, write_text
 from nvlm_deploy.checkpoint.hf_layout import (
     INPUT_SCALE,
     KEY_SCALE,
@@ -35,6 +35,7 @@ from nvlm_deploy.checkpoint.reader import INDEX_NAME, Checkpoint
 from nvlm_deploy.checkpoint.resumable import TensorFiles, in_threads, tensor_files
 from nvlm_deploy.checkpoint.soundness import SoundChunks
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.calibrate import CalibrationResult
 from nvlm_deploy.llm.quantize import (
@@ -47,6 +48,7 @@ from nvlm_deploy.llm.quantize import (
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.llm.trtllm import BY_CALIBRATION
+from nvlm_deploy.manifest import MANIFEST_NAME, sha256_of_json
 from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3
 from nvlm_deploy.model.inventory import require_tensors
@@ -129,11 +131,11 @@ class HfExport:
     @cached_property
     def identity(self) -> str:
         """What an interrupted export may be resumed for: this checkpoint, unchanged, this layout, these scales."""
-        shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.checkpoint.shards]
         amax = None if self.calibration is None else sorted(self.calibration.amax.items())
         files = [(path.name, sha256_of(path)) for path in self.companions]
         layout = [asdict(self.layout.spec), self.layout.shards, self.layout.quant_config]
-        return sha256_of_json([str(self.checkpoint.folder), shards, dict(self.checkpoint.config), files, layout, amax])
+        source = [str(self.checkpoint.folder), self.checkpoint.shard_states, dict(self.checkpoint.config)]
+        return sha256_of_json([*source, files, layout, amax])
 
     @property
     def notes(self) -> dict[str, Any]:

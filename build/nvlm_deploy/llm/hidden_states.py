@@ -11,10 +11,15 @@ from types import MappingProxyType
 
 import torch
 
-from nvlm_deploy.checkpoint.unfinished import checksum_of, read_sealed_json, read_states, write_sealed_json
+from nvlm_deploy.checkpoint.unfinished import (
+    PROGRESS_NAME,
+    checksum_of,
+    read_states,
+    record_progress,
+    recorded_progress,
+)
 from nvlm_deploy.checkpoint.writer import write_safetensors
 
-PROGRESS_NAME = "progress.json"
 # Samples go through a layer together, behind one another, until so many tokens are reached: a linear reads its weights
 # once for all of them
 TOKENS_PER_RUN = 1024
@@ -116,12 +121,12 @@ class CalibrationState:
 
     def record(self, finished: Finished) -> None:
         """From here a killed run goes on."""
-        write_sealed_json(self.folder / PROGRESS_NAME, {"digest": self.digest, **asdict(finished)})
+        record_progress(self.folder, self.digest, asdict(finished))
         self._remove_others(finished.layers)
 
     def _recorded(self) -> Finished | None:
-        document = read_sealed_json(self.folder / PROGRESS_NAME)
-        if document is None or document["digest"] != self.digest:
+        document = recorded_progress(self.folder, self.digest)
+        if document is None:
             return None
         runs = [Run(run["first_sample"], tuple(run["lengths"])) for run in document["runs"]]
         checksums = {int(number): checksum for number, checksum in document["checksums"].items()}

@@ -14,6 +14,7 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.hidden_states import Run
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.model.decoder import PREFIX, DecoderLayer, rotary_tables
+from nvlm_deploy.model.device import compute_device
 from nvlm_deploy.model.spec import DecoderSpec
 from nvlm_deploy.model.vision import require_shapes
 
@@ -106,11 +107,6 @@ class Observed:
     def _record(self, name: str, x: torch.Tensor, *, token_axis: int) -> None:
         value = self.finite(name, x, token_axis=token_axis)
         self.found[name] = torch.maximum(self.found[name], value) if name in self.found else value
-
-
-def compute_device() -> torch.device:
-    """A GPU when there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _filled(weight: torch.Tensor, checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nvlm_deploy.checkpoint.trtllm_config import config_from_layout
-from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
+from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine import EngineSettings, plan_engines, rank_commands
 from nvlm_deploy.llm.engine_arguments import EngineLimits
@@ -22,24 +22,15 @@ from nvlm_deploy.llm.engine_config import differences
 from nvlm_deploy.llm.engine_one_rank import BUILD_AND_SAVE, PARALLEL_BUILD
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, BuildTool, found_tool, release_of
 from nvlm_deploy.machine.resources import Gpu, visible_gpus
-from nvlm_deploy.model.spec import DecoderSpec
+from nvlm_deploy.model.released import NVLM_D_72B
+from nvlm_deploy.model.spec import spec_from_config
 from nvlm_deploy.sku import load_sku
 
 PROBE_PROGRAM = Path(__file__).with_name("preflight_probe.py")
-# Qwen2-72B-Instruct at NVLM-D's width (facts nvlm-d.md section 1); of equal layers three show all that there is
-RELEASED_DECODER = DecoderSpec(
-    vocab_size=152064,
-    hidden_size=8192,
-    intermediate_size=29568,
-    layers=3,
-    heads=64,
-    kv_heads=8,
-    norm_epsilon=1e-6,
-    rotary_base=1e6,
-    max_positions=32768,
-)
+# of equal layers three show all that there is
+RELEASED_DECODER = replace(spec_from_config(NVLM_D_72B).decoder, layers=3)
 # weights, KV cache: what profiles may choose
-RECIPES = ((None, None), ("FP8", None), ("FP8", "FP8"), ("FP8_PER_CHANNEL_PER_TOKEN", None))
+RECIPES = ((None, None), (FP8, None), (FP8, FP8), (FP8_PER_CHANNEL, None))
 SPLITS = (Parallelism(1), Parallelism(2), Parallelism(16), Parallelism(2, 2))
 # a GPU that takes every recipe, so that every flag we ever emit is among those looked for
 _ANY_SKU = "h100-sxm-80gb"

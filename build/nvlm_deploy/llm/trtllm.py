@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nvlm_deploy.artifacts import resumable_folder, sha256_of_json
+from nvlm_deploy.artifacts import resumable_folder
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.resumable import in_threads
 from nvlm_deploy.checkpoint.soundness import SoundChunks
@@ -41,6 +41,7 @@ from nvlm_deploy.llm.quantize import (
     require_calibrated,
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import to_e4m3
 from nvlm_deploy.model.inventory import require_shape
@@ -90,9 +91,9 @@ class TrtllmExport:
     @cached_property
     def identity(self) -> str:
         """What an interrupted export may be resumed for: these shards, unchanged, this layout, these scales."""
-        shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.checkpoint.shards]
         amax = None if self.calibration is None else sorted(self.calibration.amax.items())
-        return sha256_of_json([str(self.checkpoint.folder), shards, repr(self.layout), amax])
+        source = [str(self.checkpoint.folder), self.checkpoint.shard_states]
+        return sha256_of_json([*source, repr(self.layout), amax])
 
     @property
     def notes(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nvlm_deploy.planning.serving import Workload
 from nvlm_deploy.planning.weights import decoder_bytes, layout_of, vision_engine_bytes
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import Recipe, steps_of_build
-from nvlm_deploy.sku import Sku, load_sku
+from nvlm_deploy.sku import ONNX_RUNTIME, Sku, load_sku
 
 # peak of the export with the released shapes (tests/bench/bench_vision_export.py --full), rounded up
 EXPORT_HOST_BYTES = 512 << 20
@@ -34,7 +34,6 @@ BESIDE_A_LAYER_BYTES = 1 << 30
 # 774 MiB at its peak at the released width, whatever the number of layers (the same bench), rounded up
 QUANTIZE_HOST_BYTES = 1 << 30
 ASSEMBLE_S = 5.0
-ONNX_RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)

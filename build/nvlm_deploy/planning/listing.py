@@ -9,11 +9,11 @@ from itertools import takewhile
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.machine.resources import Gpu, Machine
 from nvlm_deploy.planning.known_models import PlannedModel
-from nvlm_deploy.planning.memory import GIB, REFERENCE
+from nvlm_deploy.planning.memory import GIB
 from nvlm_deploy.planning.plan import Plan, legal_splits, make_plan
 from nvlm_deploy.planning.serving import Workload
 from nvlm_deploy.profile import Profile, load_profile, profile_names
-from nvlm_deploy.sku import load_sku, sku_names
+from nvlm_deploy.sku import REFERENCE, load_sku, sku_names
 
 RUNNABLE, ELSEWHERE, IMPOSSIBLE = "runnable here", "fits elsewhere", "impossible"
 VERDICTS = (RUNNABLE, ELSEWHERE, IMPOSSIBLE)

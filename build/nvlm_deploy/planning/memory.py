@@ -12,12 +12,11 @@ from nvlm_deploy.llm.engine_arguments import TOKENS_PER_BLOCK, EngineLimits, eng
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec
 from nvlm_deploy.planning.weights import DecoderBytes, decoder_bytes, layout_of, vision_engine_bytes
 from nvlm_deploy.profile import Profile
-from nvlm_deploy.sku import Sku
+from nvlm_deploy.sku import REFERENCE, Sku
 
 GIB = 2**30
 MIB = 2**20
 KV_BYTES = {"16bit": 2, "fp8": 1}
-REFERENCE = "reference"
 
 # a process with a CUDA context, its libraries and loaded kernels; ai-dynamo/aiconfigurator saw 551 MB with
 # TensorRT-LLM (systems/*.yaml, other_mem) and reserves more "for safer deployment", as we do

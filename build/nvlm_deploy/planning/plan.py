@@ -10,9 +10,9 @@ from nvlm_deploy.checkpoint.trtllm_layout import legal_tensor_parallel
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine_arguments import engine_arguments
 from nvlm_deploy.model.spec import ModelSpec
-from nvlm_deploy.planning.build_steps import ONNX_RUNTIME, Host, StepEstimate, step_estimates
+from nvlm_deploy.planning.build_steps import Host, StepEstimate, step_estimates
 from nvlm_deploy.planning.known_models import PlannedModel
-from nvlm_deploy.planning.memory import KV_BYTES, REFERENCE, MemoryAccount, limits_of, memory_account, room_of
+from nvlm_deploy.planning.memory import KV_BYTES, MemoryAccount, limits_of, memory_account, room_of
 from nvlm_deploy.planning.roofline import SplitDecoder, encoder_s
 from nvlm_deploy.planning.serving import (
     PREPROCESS_S_PER_IMAGE,
@@ -25,7 +25,7 @@ from nvlm_deploy.planning.serving import (
 )
 from nvlm_deploy.planning.weights import layout_of
 from nvlm_deploy.profile import Profile
-from nvlm_deploy.sku import Sku, load_sku
+from nvlm_deploy.sku import ONNX_RUNTIME, REFERENCE, Sku, load_sku
 from nvlm_deploy.vision.tensorrt import require_target as require_vision_target
 
 

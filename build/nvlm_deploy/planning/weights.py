@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 
+from nvlm_deploy.checkpoint.stream import tensor_bytes
 from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
 from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS
 
-DTYPE_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 # FP8 is of the blocks' products; the projector and all else stay in 16 bits (vision/quantize.py)
 _FP8_IN_VISION = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
@@ -46,7 +46,7 @@ def decoder_bytes(layout: Layout, rank: int) -> DecoderBytes:
 def _stage_bytes(layout: Layout, stage: int) -> DecoderBytes:
     linears = others = 0
     for name, (dtype, shape) in layout.rank_tensors(stage * layout.parallelism.tensor).items():
-        size = DTYPE_BYTES[dtype] * math.prod(shape)
+        size = tensor_bytes(dtype, shape)
         if ".layers." in name and len(shape) == 2:
             linears += size
         else:

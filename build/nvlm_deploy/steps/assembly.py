@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.pipeline import Step
-from nvlm_deploy.recipe import TENSORRT_LLM, TOKENIZER_NAME, Recipe
-from nvlm_deploy.sku import load_sku
+from nvlm_deploy.recipe import TOKENIZER_NAME, Recipe
+from nvlm_deploy.sku import TENSORRT_LLM, load_sku
 
 if TYPE_CHECKING:
     from nvlm_deploy.planning.memory import MemoryAccount

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import built_here
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.pipeline import Step, digest_of_input
-from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, TENSORRT_LLM, TOKENIZER_NAME, Recipe
+from nvlm_deploy.recipe import KV_CACHE_QUANT_ALGOS, QUANT_ALGOS, TOKENIZER_NAME, Recipe
 from nvlm_deploy.samples import blamed_on
-from nvlm_deploy.sku import load_sku
+from nvlm_deploy.sku import TENSORRT_LLM, load_sku
 from nvlm_deploy.steps.calibration_list import ServedPrompts, require_whole_pictures
 from nvlm_deploy.steps.vision import encoder_without_gpu, export_vision
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.pipeline import Pipeline, State, Step, require_current, state_of
-from nvlm_deploy.recipe import Recipe
-from nvlm_deploy.recipe import steps_of_build as steps_of_build  # beside the steps themselves
+from nvlm_deploy.recipe import Recipe, steps_of_build
 from nvlm_deploy.steps.assembly import assemble, require_room
 from nvlm_deploy.steps.calibration_list import warn_of_too_few
 from nvlm_deploy.steps.decoder import (

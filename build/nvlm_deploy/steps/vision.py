@@ -17,7 +17,7 @@ from nvlm_deploy.profile import Profile
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.sample_embeddings import tiles_of_file, tiles_of_pictures
 from nvlm_deploy.samples import Sample
-from nvlm_deploy.sku import load_sku
+from nvlm_deploy.sku import ONNX_RUNTIME, TENSORRT, TENSORRT_RTX, load_sku
 from nvlm_deploy.steps.calibration_list import require_whole_pictures
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from nvlm_deploy.vision.export import Fp8Source
     from nvlm_deploy.vision.numerics.report import NumericsReport
 
-ONNX_RUNTIME = "onnxruntime"
 REPORT_NAME = "numerics.json"
-TOOLS = {ONNX_RUNTIME: "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx_cu13_libs"}
+TOOLS = {ONNX_RUNTIME: "onnxruntime", TENSORRT: "tensorrt", TENSORRT_RTX: "tensorrt_rtx_cu13_libs"}
 # FP8's end is judged on up to so many tiles, as long as they take no more than so much arithmetic
 FP8_END_TILES, END_FLOPS = 32, 1e12
 FP8_CHOICES = {"weight_scales", "fp8_attention"}

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm_deploy.artifacts import sha256_of_json
 from nvlm_deploy.digest import KNOWN_DIGESTS
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.serving.settings import PLAN_FILE, SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json, spec_from_json
 from nvlm_deploy.triton.choices import ServingChoices

@@ -7,20 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
-from nvlm_deploy.artifacts import MANIFEST_NAME, read_manifest, some
+from nvlm_deploy.artifacts import some
 from nvlm_deploy.errors import MachineError, NvlmError, RejectedError
-from nvlm_deploy.fingerprint import (
-    TENSORRT,
-    TENSORRT_LLM,
-    TENSORRT_RTX,
-    VERSION_MEND,
-    Fingerprint,
-    fingerprints_of,
-    mismatches,
-    require_fitting,
-)
+from nvlm_deploy.fingerprint import VERSION_MEND, Fingerprint, fingerprints_of, mismatches, require_fitting
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT
 from nvlm_deploy.machine.nvidia_smi import Gpus, gpus_here
+from nvlm_deploy.manifest import MANIFEST_NAME, read_manifest
+from nvlm_deploy.sku import TENSORRT, TENSORRT_LLM, TENSORRT_RTX
 from nvlm_deploy.triton.repository import read_repository
 from nvlm_deploy.verification import DEFAULT_DEMAND, Demand, verified
 

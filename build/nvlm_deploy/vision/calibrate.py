@@ -23,6 +23,7 @@ from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.soundness import SoundChunks, magnitude
 from nvlm_deploy.checkpoint.unfinished import DamagedStatesError, read_sealed_json, write_sealed_json
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.device import compute_device
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.progress import Progress, silent
 from nvlm_deploy.vision.calibration_state import CalibrationState, Finished, calibration_digest
@@ -114,7 +115,7 @@ def _state(
 ) -> Iterator[CalibrationState]:
     if work_folder is not None:
         yield CalibrationState(
-            work_folder, calibration_digest(checkpoint, spec.vision, pictures, device=_device().type)
+            work_folder, calibration_digest(checkpoint, spec.vision, pictures, device=compute_device().type)
         )
         return
     with TemporaryDirectory(prefix="nvlm-calibration-") as folder:
@@ -162,15 +163,11 @@ class _Stages:
             self.on_progress(f"calibrate vision: {name}", done, total)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class _ObservedStage:
     """One stage with its weights, which remembers the largest magnitudes that pass through it."""
 
     def __init__(self, stage: Stage, checkpoint: Checkpoint, spec: ModelSpec) -> None:
-        self.stage, self.device = stage, _device()
+        self.stage, self.device = stage, compute_device()
         module = stage.from_checkpoint(checkpoint, spec)
         self.found = _weight_amax(stage, module)
         self.module = module.to(self.device)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nvlm_deploy.artifacts import replace_file, sha256_of_json
+from nvlm_deploy.artifacts import replace_file
 from nvlm_deploy.checkpoint.stream import tensor_stream
-from nvlm_deploy.checkpoint.unfinished import read_sealed_json, read_states, write_sealed_json
+from nvlm_deploy.checkpoint.unfinished import read_states, record_progress, recorded_progress
+from nvlm_deploy.manifest import sha256_of_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from nvlm_deploy.checkpoint.reader import Checkpoint
     from nvlm_deploy.model.spec import VisionSpec
-
-PROGRESS_NAME = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ class CalibrationState:
 
     def record(self, finished: Finished) -> None:
         """From here a killed run goes on."""
-        write_sealed_json(self.folder / PROGRESS_NAME, {"digest": self.digest, **asdict(finished)})
+        record_progress(self.folder, self.digest, asdict(finished))
         self._remove_others(finished.stages)
 
     def _recorded(self) -> Finished:
-        document = read_sealed_json(self.folder / PROGRESS_NAME)
-        if document is None or document["digest"] != self.digest:
+        document = recorded_progress(self.folder, self.digest)
+        if document is None:
             return Finished()
         return Finished(document["stages"], document["amax"], document["checksums"])
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_deploy.artifacts import resumable_folder, sha256_of_json
+from nvlm_deploy.artifacts import resumable_folder
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.inventory import require_shape, vision_tensors
 from nvlm_deploy.model.spec import ModelSpec, VisionSpec
 from nvlm_deploy.progress import Progress, silent
@@ -116,9 +117,8 @@ class VisionExport:
     @cached_property
     def identity(self) -> str:
         """What an interrupted export may be resumed for: these shards, unchanged, and these choices."""
-        shards = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.checkpoint.shards]
         pictures = [hashlib.sha256(tiles.data).hexdigest() for tiles in self.fp8.pictures] if self.fp8 else []
-        return sha256_of_json([shards, repr(self), pictures])
+        return sha256_of_json([self.checkpoint.shard_states, repr(self), pictures])
 
     def write(self, folder: Path, on_progress: Progress) -> None:
         """Fill a folder, which may hold what a killed run of the same identity left."""

@@ -17,7 +17,7 @@ from typing import Any
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.model.spec import TilingSpec
-from nvlm_deploy.sku import Sku
+from nvlm_deploy.sku import TENSORRT, TENSORRT_RTX, Sku
 from nvlm_deploy.vision.graph_file import graph_from_file
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ PLAN_NAME = "vision.plan"
 FACTS_NAME = "vision.plan.json"
 LOG_NAME = "builder.log"
 
-TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
 
 # the first module found is used: the wheels of TensorRT-RTX bring `tensorrt_rtx_bindings` alone
 MODULES = {TENSORRT: ("tensorrt",), TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nvlm_deploy.artifacts import replace_file, sha256_of, write_text
+from nvlm_deploy.artifacts import replace_file, write_text
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.machine.resources import visible_gpus
+from nvlm_deploy.sku import TENSORRT, TENSORRT_RTX
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
-from nvlm_deploy.vision.tensorrt import TENSORRT, TENSORRT_RTX, BuildRequest, installed_module
+from nvlm_deploy.vision.tensorrt import BuildRequest, installed_module
 
 # 10.14 is in the pinned containers; of 11 and RTX 1.7 every name used below was looked up in their Python bindings
 KNOWN_VERSIONS = {TENSORRT: ("10.14.", "11."), TENSORRT_RTX: ("1.7.",)}

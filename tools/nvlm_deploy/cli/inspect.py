@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_deploy.artifacts import LICENCE_NOTE
 from nvlm_deploy.cli.options import CheckpointArgument, JsonOption
+from nvlm_deploy.manifest import LICENCE_NOTE
 
 
 def register(app: typer.Typer) -> None:

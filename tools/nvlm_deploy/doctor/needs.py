@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from nvlm_deploy.artifacts import Manifest, read_manifest, sha256_of
+from nvlm_deploy.digest import sha256_of
 from nvlm_deploy.errors import NvlmError, faults_of
 from nvlm_deploy.fingerprint import Fingerprint, fingerprints_of
 from nvlm_deploy.machine.resources import available_memory
+from nvlm_deploy.manifest import Manifest, read_manifest
 from nvlm_deploy.profile import Profile, load_profile
-from nvlm_deploy.sku import Sku, load_sku
+from nvlm_deploy.sku import TENSORRT_LLM, Sku, load_sku
 
 if TYPE_CHECKING:
     from nvlm_deploy.model.spec import ModelSpec
     from nvlm_deploy.planning.build_steps import StepEstimate
 
-TENSORRT_LLM = "tensorrt_llm"
 BF16_BYTES = 2
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from nvlm_deploy.artifacts import EVIDENCE_LEVELS
+from nvlm_deploy.manifest import EVIDENCE_LEVELS
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,20 @@ RUNTIME_TOP_K = _optional("runtime_top_k", "int32")
 RUNTIME_TOP_P = _optional("runtime_top_p", "float32")
 DECODER_SEED = _optional("seed", "uint64")
 DECODER_REPETITION_PENALTY = _optional("repetition_penalty", "float32")
+DECODER_PRESENCE_PENALTY = _optional("presence_penalty", "float32")
+DECODER_FREQUENCY_PENALTY = _optional("frequency_penalty", "float32")
+DECODER_MIN_TOKENS = _optional("min_tokens", "int32")
 PROMPT_EMBEDDING_TABLE = _optional("prompt_embedding_table", "bfloat16", "rows", "hidden")
 PROMPT_VOCAB_SIZE = _optional("prompt_vocab_size", "int32")
 PROMPT_TABLE_EXTRA_IDS = _optional("prompt_table_extra_ids", "uint64", "input_tokens")
 OUTPUT_IDS = TensorSpec("output_ids", "int32", ("beams", "output_tokens"))
 SEQUENCE_LENGTH = TensorSpec("sequence_length", "int32", ("beams",))
+
+# what the model that makes text of tokens takes and makes besides TensorRT-LLM's tensors. `request_key` is the server's
+# own name of a request: what a client calls it is nobody's key.
+STOP_TEXTS = _optional("stop_texts", "string", "stop_texts")
+REQUEST_KEY = TensorSpec("request_key", "uint64", (1,))
+TEXT_OUTPUTS = (TEXT_OUTPUT, FINISH_REASON, REQUEST_KEY)
 
 # the rest of the C++ backend's interface (contract C.3); TensorRT-LLM's names, element types and dims
 DECODER_INPUTS = (
@@ -162,10 +171,10 @@ DECODER_INPUTS = (
     _optional("len_penalty", "float32"),
     _optional("early_stopping", "bool"),
     DECODER_REPETITION_PENALTY,
-    _optional("min_tokens", "int32"),
+    DECODER_MIN_TOKENS,
     _optional("beam_search_diversity_rate", "float32"),
-    _optional("presence_penalty", "float32"),
-    _optional("frequency_penalty", "float32"),
+    DECODER_PRESENCE_PENALTY,
+    DECODER_FREQUENCY_PENALTY,
     DECODER_SEED,
     _optional("return_log_probs", "bool"),
     _optional("return_context_logits", "bool"),
@@ -230,6 +239,7 @@ PREPARED_FOR_DECODER = tuple(
         END_ID,
         PAD_ID,
         STOP_WORDS_LIST,
+        BAD_WORDS_LIST,
         STREAMING,
         EXCLUDE_INPUT_IN_OUTPUT,
         RETURN_INPUT_TOKEN_COUNT,
@@ -238,11 +248,17 @@ PREPARED_FOR_DECODER = tuple(
         RUNTIME_TOP_K,
         RUNTIME_TOP_P,
         DECODER_REPETITION_PENALTY,
+        DECODER_PRESENCE_PENALTY,
+        DECODER_FREQUENCY_PENALTY,
+        DECODER_MIN_TOKENS,
         DECODER_SEED,
         PROMPT_TABLE_EXTRA_IDS,
+        STOP_TEXTS,
     )
 )
 # what the vision encoder makes for the decoder
 PROMPT_TABLE = tuple(spec.of_one_request() for spec in (PROMPT_EMBEDDING_TABLE, PROMPT_VOCAB_SIZE))
-# what postprocessing takes from the decoder
-DECODED = tuple(spec.of_one_request() for spec in (OUTPUT_IDS, SEQUENCE_LENGTH, INPUT_TOKEN_COUNT, OUTPUT_TOKEN_COUNT))
+# what postprocessing takes: the first four in the order of RESPONSE_OUTPUTS
+MADE_OF_TOKENS = tuple(
+    spec.of_one_request() for spec in (TEXT_OUTPUT, FINISH_REASON, INPUT_TOKEN_COUNT, OUTPUT_TOKEN_COUNT, REQUEST_KEY)
+)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.prompt import PromptBuilder, image_span, with_images, with_prompt_table_ids
+from nvlm_deploy.model.prompt import PromptBuilder, image_span, question_pieces, with_prompt_table_ids
 
 PAD = "<|vision_pad|>"
 
@@ -104,7 +108,6 @@ def test_a_text_only_prompt_has_no_visual_positions(builder):
     ("question", "tiles", "counts"),
     [
         ("<image> <image> same?", [1], r"2 <image> placeholder\(s\), the request 1 image"),
-        ("<image>?", [], r"1 <image> placeholder\(s\), the request 0 image"),
         ("<image>?", [1, 3, 1], r"1 <image> placeholder\(s\), the request 3 image"),
     ],
 )
@@ -113,13 +116,81 @@ def test_placeholders_and_images_must_match_in_number(builder, question, tiles, 
         builder.ids(question, tiles)
 
 
-def test_a_span_that_contains_a_placeholder_like_text_is_not_replaced_again():
-    assert with_images("<image>", ["<image>"]) == "<image>"
+@pytest.mark.parametrize(
+    ("question", "images", "pieces"),
+    [
+        ("<image>?", 0, ["<image>?"]),
+        (r"\<image>?", 0, [r"\<image>?"]),
+        ("a<image>b", 1, ["a", "b"]),
+        (r"<image>: what does \<image> mean?", 1, ["", ": what does <image> mean?"]),
+        (r"the \<image> tag", 1, ["", "\nthe <image> tag"]),
+        ("what?", 2, ["", "\n", "\nwhat?"]),
+        (r"\\<image>", 1, ["", "\n\\<image>"]),
+        ("<<image>image>", 1, ["<", "image>"]),
+    ],
+)
+def test_a_placeholder_counts_only_with_images_and_an_escaped_one_never(question, images, pieces):
+    assert question_pieces(question, images) == pieces
 
 
-def test_a_users_own_visual_pad_is_refused(builder):
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>", "<|box_start|>", "<tool_call>"]
+TAGS = ["<Image>", "</Image>", "<tile_1>", "<tile_12>", "<tile_global_thumbnail>", "<image>", r"\<image>"]
+MIXTURES = st.lists(st.sampled_from([*CONTROL, *TAGS]) | st.text(max_size=4) | st.sampled_from([" ", "\n", "<", ">"]))
+
+
+def control_ids(builder: PromptBuilder, ids: list[int]) -> list[int]:
+    controls = {token for token, added in builder.tokenizer.get_added_tokens_decoder().items()}
+    return [token for token in ids if token in controls]
+
+
+def occurrences(of: list[int], ids: list[int]) -> int:
+    return sum(ids[start : start + len(of)] == of for start in range(len(ids)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=MIXTURES, wrapper=st.sampled_from(["chat", "chat_template"]))
+def test_no_text_makes_a_control_token(tokenizer_file, tiny_spec, parts, wrapper):
+    builder = builders(tokenizer_file, tiny_spec, wrapper)
+    question = "".join(parts)
+    ids = builder.ids(question)
+    assert control_ids(builder, ids) == control_ids(builder, builder.ids("What?"))
+    assert unicodedata.normalize("NFC", question) in builder.tokenizer.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=MIXTURES, tiles=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_no_text_beside_images_makes_a_control_token_or_a_tag(tokenizer_file, tiny_spec, parts, tiles):
+    builder = builders(tokenizer_file, tiny_spec, "chat")
+    question = "".join(part for part in parts if part != "<image>").replace("<image>", r"\<image>")
+    ids, honest = builder.ids(question, tiles), builder.ids("What?", tiles)
+    assert control_ids(builder, ids) == control_ids(builder, honest)
+    for tag in ("<tile_1>", "<tile_12>", "<tile_global_thumbnail>"):
+        # without its outer signs, which may be one token with what stands beside them
+        inner = builder.tokenizer.encode(tag, add_special_tokens=False).ids[1:-1]
+        assert occurrences(inner, ids) == occurrences(inner, honest)
+
+
+@cache
+def builders(tokenizer_file, tiny_spec, wrapper) -> PromptBuilder:
+    return PromptBuilder(tokenizer_file, tiny_spec, wrapper=wrapper)
+
+
+@pytest.mark.parametrize("text", ["What is 12 plus 7?", "  two  spaces\n\nand lines ", "漢字 🙂 e\u0301", "a<b>c", ""])
+@pytest.mark.parametrize("wrapper", ["chat", "chat_template"])
+def test_honest_text_has_the_ids_that_the_whole_prompt_has_in_one_piece(tokenizer_file, tiny_spec, text, wrapper):
+    builder = PromptBuilder(tokenizer_file, tiny_spec, wrapper=wrapper)
+    for tiles in ([], [1], [3, 1]):
+        whole = builder.tokenizer.encode(builder.text(text, tiles), add_special_tokens=False).ids
+        assert builder.ids(text, tiles) == whole
+
+
+def test_the_raw_wrapper_takes_a_trusted_callers_control_tokens(tokenizer_file, tiny_spec):
+    builder = PromptBuilder(tokenizer_file, tiny_spec, wrapper="raw")
+    text = "<|im_start|>user\nHi<|im_end|>"
+    assert builder.ids(text) == builder.tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(control_ids(builder, builder.ids(text))) == 2
     with pytest.raises(NvlmError, match="reserved token"):
-        builder.ids(f"What is {PAD}?", [1])
+        builder.ids(f"What is {PAD}?")
 
 
 def test_visual_positions_are_numbered_from_the_vocabulary_size_on_across_images(builder, tiny_spec):

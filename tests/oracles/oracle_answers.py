@@ -17,7 +17,7 @@ from PIL import Image
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.model.decoder import Decoder
-from nvlm_deploy.model.prompt import PromptBuilder, wrapped
+from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.reference import decoder_from_hf
 from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
@@ -65,9 +65,10 @@ def vllm_answers(model: Path, samples: Sequence[Sample], scratch: Path, *options
     if not PYTHON.is_file():
         pytest.fail("no vLLM environment: run `make oracle-vllm`")
     scratch.mkdir(parents=True, exist_ok=True)
+    prompts = PromptBuilder(MODEL / "tokenizer.json", spec_from_checkpoint(Checkpoint.open(MODEL)))
     requests = [
         {
-            "prompt": wrapped("<image>\n" * len(sample.images) + sample.question, "chat", "Answer the questions."),
+            "prompt": prompts.text("<image>\n" * len(sample.images) + sample.question),
             "images": [str(path) for path in sample.images],
             "max_tokens": MAX_TOKENS,
         }

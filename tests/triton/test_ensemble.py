@@ -1,4 +1,4 @@
-"""The ensemble's wiring, and the cross-check that finds what is wrong with one."""
+"""The models' configs, the ensemble's wiring, and the cross-check that finds what is wrong with one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.triton.choices import ServingChoices
+from nvlm_deploy.triton.choices import EngineChoices, ServingChoices
 from nvlm_deploy.triton.decoder import DECODER
-from nvlm_deploy.triton.ensemble import ENSEMBLE, POSTPROCESSING, PREPROCESSING, VISION, ensemble_configs
+from nvlm_deploy.triton.ensemble import ENSEMBLE, FRONT, PREPROCESSING, VISION, ensemble_configs
 from nvlm_deploy.triton.pbtxt import ModelConfig, TensorConfig
 from nvlm_deploy.triton.wiring import require_wired
 
@@ -21,9 +21,9 @@ def configs(tiny_spec) -> dict[str, ModelConfig]:
     return {config.name: config for config in made}
 
 
-def test_there_are_five_models_and_only_the_decoder_is_decoupled_and_batches(configs) -> None:
-    assert set(configs) == {ENSEMBLE, PREPROCESSING, VISION, DECODER, POSTPROCESSING}
-    assert [name for name, config in configs.items() if config.decoupled] == [DECODER]
+def test_there_are_five_models_of_which_two_stream_and_the_decoder_batches(configs) -> None:
+    assert set(configs) == {FRONT, ENSEMBLE, PREPROCESSING, VISION, DECODER}
+    assert {name for name, config in configs.items() if config.decoupled} == {FRONT, DECODER}
     assert {name: config.max_batch_size for name, config in configs.items() if config.max_batch_size} == {DECODER: 4}
 
 
@@ -38,21 +38,28 @@ def test_the_decoder_has_the_cpp_backends_whole_interface(configs) -> None:
     )
 
 
-def test_the_ensembles_inputs_are_what_a_client_may_send(configs) -> None:
+def test_the_fronts_inputs_are_what_a_client_may_send(configs) -> None:
+    front = configs[FRONT]
+    assert [tensor.name for tensor in front.inputs if not tensor.optional] == ["text_input"]
+    assert {tensor.name for tensor in front.inputs} == {spec.name for spec in tensors.REQUEST_INPUTS}
+
+
+def test_the_ensemble_is_preprocessing_encoder_and_decoder_in_a_row(configs) -> None:
     ensemble = configs[ENSEMBLE]
-    assert [tensor.name for tensor in ensemble.inputs if not tensor.optional] == ["text_input"]
-    assert {tensor.name for tensor in ensemble.inputs} == {spec.name for spec in tensors.REQUEST_INPUTS}
+    assert [step.model for step in ensemble.steps] == [PREPROCESSING, VISION, DECODER]
+    assert not [tensor.name for tensor in ensemble.inputs if tensor.optional]
 
 
-def test_postprocessing_reads_nothing_but_the_decoder(configs) -> None:
-    (step,) = [step for step in configs[ENSEMBLE].steps if step.model == POSTPROCESSING]
-    assert {name.split(".")[0] for _, name in step.inputs} == {DECODER}
+def test_pictures_have_more_than_one_process(configs) -> None:
+    assert configs[PREPROCESSING].instances >= 2
 
 
-def test_the_order_of_the_pieces_is_kept(configs) -> None:
-    """Triton promises it for a decoupled model, and for one instance without a dynamic batcher."""
-    assert configs[DECODER].decoupled
-    assert (configs[POSTPROCESSING].instances, configs[POSTPROCESSING].batching) == (1, None)
+def test_only_tensorrt_llm_gets_a_table_with_a_text(tiny_spec) -> None:
+    engines = EngineChoices(kv_tokens=100, kv_share_of_free=0.9)
+    for choices, width in ((ServingChoices(), "0"), (ServingChoices(engines=engines), "256")):
+        made = ensemble_configs(tiny_spec, choices, vision_digest="0" * 64)
+        (front,) = (config for config in made if config.name == FRONT)
+        assert front.parameter("texts_table_width") == width
 
 
 def test_preprocessing_has_threads_of_its_own_number(tiny_spec) -> None:
@@ -85,8 +92,8 @@ def test_a_missing_model_is_found(configs) -> None:
 
 
 def test_a_tensor_that_the_producer_lacks_is_found(configs) -> None:
-    outputs = without(configs[PREPROCESSING].outputs, "seed")
-    with pytest.raises(NvlmError, match="preprocessing has no output seed"):
+    outputs = without(configs[PREPROCESSING].outputs, "prompt_table_extra_ids")
+    with pytest.raises(NvlmError, match="preprocessing has no output prompt_table_extra_ids"):
         require_wired(replaced(configs, PREPROCESSING, outputs=outputs))
 
 
@@ -109,15 +116,16 @@ def test_another_size_is_found_with_the_batch_axis_counted(configs) -> None:
 
 
 def test_a_missing_axis_is_found(configs) -> None:
-    outputs = changed(configs[PREPROCESSING].outputs, "input_ids", dims=(-1,))
-    with pytest.raises(NvlmError, match=r"output input_ids has dims \[-1\]"):
+    outputs = changed(configs[PREPROCESSING].outputs, "prompt_table_extra_ids", dims=(-1,))
+    with pytest.raises(NvlmError, match=r"output prompt_table_extra_ids has dims \[-1\]"):
         require_wired(replaced(configs, PREPROCESSING, outputs=outputs))
 
 
 def test_a_required_input_that_may_be_left_out_is_found(configs) -> None:
-    inputs = changed(configs[PREPROCESSING].inputs, "image", optional=False)
-    with pytest.raises(NvlmError, match="nvlm input image may be left out, preprocessing input image is required"):
-        require_wired(replaced(configs, PREPROCESSING, inputs=inputs))
+    inputs = changed(configs[ENSEMBLE].inputs, "image", optional=True)
+    words = "nvlm_pipeline input image may be left out, preprocessing input image is required"
+    with pytest.raises(NvlmError, match=words):
+        require_wired(replaced(configs, ENSEMBLE, inputs=inputs))
 
 
 def with_step(configs, model: str, **changes) -> list[ModelConfig]:

@@ -18,6 +18,7 @@ from nvlm_deploy.model.tiling import (
     opened,
     room_for,
     tile_count,
+    tiles_from_image,
     write_grid,
     write_thumbnail,
     write_tiles,
@@ -50,6 +51,13 @@ class ImageTiler:
         self.threads = threads
         self.max_pixels = max_pixels
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+
+    def warm_up(self) -> None:
+        """Load what is loaded at first use: Pillow's readers."""
+        from PIL import Image
+
+        Image.init()
+        tiles_from_image(Image.new("RGB", (2, 2)), self.tiling)
 
     def close(self) -> None:
         """End the threads."""

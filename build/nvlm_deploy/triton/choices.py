@@ -32,11 +32,12 @@ class ServingChoices:
     max_num_tokens: int = 8192
     max_waiting_requests: int = 1024
     max_pixels: int = MAX_PIXELS
+    max_request_bytes: int = 64 * 2**20
+    max_waiting_bytes: int = 512 * 2**20
     vision_runtime: str = "onnxruntime"
     max_tiles_per_run: int = 16
     compute_dtype: str = "float32"
     kv_cache_dtype: str = "float32"
     threads: int = 1
-    preprocessing_instances: int = 1
     preprocessing_threads: int = 2
     engines: EngineChoices | None = None

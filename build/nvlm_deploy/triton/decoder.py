@@ -38,12 +38,17 @@ _EXECUTOR_WORKER = "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker"
 def decoder_config(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:
     """Complete, for either decoder."""
     engines = choices.engines
+    # the reference decoder makes text as well, which needs more than the C++ backend has
+    further_inputs, further_outputs = ((tensors.STOP_TEXTS,), tensors.TEXT_OUTPUTS) if engines is None else ((), ())
     return ModelConfig(
         name=DECODER,
         backend="python" if engines is None else BACKEND,
         max_batch_size=choices.max_batch_size,
-        inputs=tuple(_input(tensor.with_axes(hidden=spec.decoder.hidden_size)) for tensor in tensors.DECODER_INPUTS),
-        outputs=tuple(TensorConfig.from_spec(tensor) for tensor in tensors.DECODER_OUTPUTS),
+        inputs=tuple(
+            _input(tensor.with_axes(hidden=spec.decoder.hidden_size))
+            for tensor in (*tensors.DECODER_INPUTS, *further_inputs)
+        ),
+        outputs=tuple(TensorConfig.from_spec(tensor) for tensor in (*tensors.DECODER_OUTPUTS, *further_outputs)),
         parameters=text_parameters(
             _reference_parameters(choices) if engines is None else _engine_parameters(choices, engines)
         ),

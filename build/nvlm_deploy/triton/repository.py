@@ -16,7 +16,7 @@ from nvlm_deploy.serving.settings import PLAN_FILE, SPEC_FILE, TOKENIZER_FILE, V
 from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.decoder import BACKEND, DECODER, VERSION
 from nvlm_deploy.triton.engine_fit import ENGINES, EngineFacts, require_engines_fit
-from nvlm_deploy.triton.ensemble import ENSEMBLE, POSTPROCESSING, PREPROCESSING, VISION, ensemble_configs
+from nvlm_deploy.triton.ensemble import ENSEMBLE, POSTPROCESSING, PREPROCESSING, TEXT_DECODER, VISION, ensemble_configs
 from nvlm_deploy.triton.pbtxt import ModelConfig, config_from_text, config_text
 from nvlm_deploy.triton.wiring import require_wired
 
@@ -26,6 +26,7 @@ _MODULES = {
     PREPROCESSING: "preprocessing",
     VISION: "vision_encoder",
     DECODER: "decoder",
+    TEXT_DECODER: "text_decoder",
     POSTPROCESSING: "postprocessing",
 }
 
@@ -79,7 +80,7 @@ def write_repository(folder: Path, sources: RepositorySources, choices: ServingC
         _write_model(folder / config.name, config)
     spec_file = folder / PREPROCESSING / VERSION / SPEC_FILE
     spec_file.write_text(spec_as_json(sources.spec), encoding="utf-8")
-    for name in (PREPROCESSING, POSTPROCESSING):
+    for name in (PREPROCESSING, DECODER if choices.engines is None else TEXT_DECODER):
         shutil.copyfile(sources.tokenizer, folder / name / VERSION / TOKENIZER_FILE)
     for file in sources.vision_files:
         place = link_or_copy if file.name == PLAN_FILE else shutil.copyfile

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_deploy.errors import MachineError, NvlmError
-from nvlm_deploy.tensors import TensorSpec
+from nvlm_deploy.tensors import FINISH_REASON, REQUEST_KEY, TEXT_OUTPUT, TensorSpec
 
 logger = logging.getLogger(__name__)
+
+# what Triton puts before the text of a step's error
+_ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
 
 
 def backend_module() -> Any:
@@ -44,10 +48,18 @@ def array(request: Any, spec: TensorSpec) -> NDArray[Any] | None:
     return None if tensor is None else np.asarray(tensor.as_numpy())
 
 
-def scalar(request: Any, spec: TensorSpec) -> Any:
-    """The only value of a tensor as a Python object, None when it was left out; NvlmError for any other size."""
+def required_array(request: Any, spec: TensorSpec) -> NDArray[Any]:
+    """Return the request's tensor as numpy; NvlmError when it was left out."""
     values = array(request, spec)
     if values is None:
+        raise NvlmError(f"input {spec.name} is missing")
+    return values
+
+
+def scalar(request: Any, spec: TensorSpec) -> Any:
+    """Return the only value of a tensor, None when it was left out or is empty; NvlmError for several values."""
+    values = array(request, spec)
+    if values is None or values.size == 0:
         return None
     if values.size != 1:
         raise NvlmError(f"{spec.name} holds {values.size} values, expected one")
@@ -60,10 +72,20 @@ def texts(request: Any, spec: TensorSpec) -> tuple[bytes, ...]:
     return () if values is None else tuple(bytes(value) for value in values.reshape(-1).tolist())
 
 
-def numpy_response(arrays: dict[str, NDArray[Any]]) -> Any:
-    """A response of numpy tensors."""
+def wanted_outputs(request: Any) -> frozenset[str]:
+    """Return the names of the outputs that are asked for."""
+    return frozenset(request.requested_output_names())
+
+
+def numpy_response(arrays: dict[str, NDArray[Any]], wanted: frozenset[str] | None = None) -> Any:
+    """Return a response of numpy tensors, of the `wanted` ones alone where they are given.
+
+    A response sender drops what is not wanted too, but without Python's lock (ResponseSender::Send, 24.10 to 26.07):
+    now and then that damages the memory of numpy, and the process dies.
+    """
     utils = backend_module()
-    return utils.InferenceResponse([utils.Tensor(name, values) for name, values in arrays.items()])
+    kept = {name: values for name, values in arrays.items() if wanted is None or name in wanted}
+    return utils.InferenceResponse([utils.Tensor(name, values) for name, values in kept.items()])
 
 
 def cancelled_response() -> Any:
@@ -74,6 +96,39 @@ def cancelled_response() -> Any:
     )
 
 
+class ModelError(Exception):
+    """A fault of a model that another model called; it is in the server's log already."""
+
+
+def error_of_model(text: str) -> Exception:
+    """Return the error that the text of another model's error response stands for.
+
+    Triton hands on the text alone. That of our models begins with the status' name, see `error_response`.
+    """
+    text = _ENSEMBLE.sub("", text)
+    name, _, rest = text.partition(": ")
+    message, _, hint = rest.partition("\n  hint: ")
+    if name == "INVALID_ARGUMENT":
+        return NvlmError(message, hint=hint or None)
+    if name == "UNAVAILABLE" or "is not healthy" in text:
+        return MachineError(message or text, hint=hint or None)
+    return ModelError(rest if name == "INTERNAL" else text)
+
+
+def text_outputs(text: str, finish_reason: str, key: int) -> dict[str, NDArray[Any]]:
+    """Return what a model that makes text adds to the counts: text, why it ended, the server's key of the request."""
+    return {
+        TEXT_OUTPUT.name: np.array([[text.encode()]], dtype=np.object_),
+        FINISH_REASON.name: np.array([[finish_reason.encode()]], dtype=np.object_),
+        REQUEST_KEY.name: np.array([[key]], dtype=np.uint64),
+    }
+
+
+def send_last(sender: Any, response: Any) -> None:
+    """Send the final response of a request."""
+    sender.send(response, flags=backend_module().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
 def error_response(problem: Exception) -> Any:
     """The response that fails this one request and no other.
 
@@ -81,10 +136,11 @@ def error_response(problem: Exception) -> Any:
     in the server's log. The text begins with the status' name: on a gRPC stream Triton sends the text alone, and the
     header that asks for statuses (`triton_grpc_error`) lets tritonserver 2.51 die of signal 11.
     """
-    if not isinstance(problem, NvlmError):
+    is_known = isinstance(problem, NvlmError | ModelError)
+    if not is_known:
         logger.error("a request failed by a fault of the server", exc_info=problem)
     name, code = _status(problem)
-    text = str(problem) if isinstance(problem, NvlmError) else f"{type(problem).__name__}: {problem}"
+    text = str(problem) if is_known else f"{type(problem).__name__}: {problem}"
     utils = backend_module()
     return utils.InferenceResponse(error=utils.TritonError(f"{name}: {text}", code))
 

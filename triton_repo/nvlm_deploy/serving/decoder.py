@@ -1,5 +1,6 @@
 """Triton model `tensorrt_llm` on the cpu profile: the reference decoder behind the C++ backend's own interface.
 
+It makes the answer's text as well, which in front of the C++ backend is the work of `text_decoder`.
 Every input of contract C.3 is known by name: it is honoured, or has no effect here, or a value that would change the
 answer is refused by name. Nothing is ignored silently.
 """
@@ -18,11 +19,14 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.fused import fused
 from nvlm_deploy.model.reference import decoder_from_trtllm
 from nvlm_deploy.serving import backend
+from nvlm_deploy.serving.answer_text import AnswerText, Ending, Piece
 from nvlm_deploy.serving.kv_cache import SlottedKvCache
 from nvlm_deploy.serving.reference import ReferenceEngine
 from nvlm_deploy.serving.sampling import SamplingSettings
 from nvlm_deploy.serving.scheduler import Generation, Progress, Scheduler
-from nvlm_deploy.serving.settings import ServingSettings
+from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
+from nvlm_deploy.serving.stopping import StopReceiver
+from nvlm_deploy.serving.token_bytes import TokenBytes
 from nvlm_deploy.serving.word_list import Word, unpacked_words
 
 # sampling inputs by their name in SamplingSettings
@@ -39,7 +43,7 @@ _SAMPLING = {
 _HONOURED = {
     *_SAMPLING,
     *("input_ids", "input_lengths", "request_output_len", "end_id", "stop_words_list", "bad_words_list"),
-    *("streaming", "stop", "exclude_input_in_output", "prompt_embedding_table", "prompt_vocab_size"),
+    *("streaming", "stop", "exclude_input_in_output", "prompt_embedding_table", "prompt_vocab_size", "stop_texts"),
 }
 # no effect without beams, KV reuse or padding; both token counts are always returned
 _WITHOUT_EFFECT = {
@@ -78,30 +82,36 @@ class TritonPythonModel:
             max_waiting=settings.integer("max_waiting_requests"),
             max_prefill_tokens=settings.integer("max_num_tokens"),
         )
+        self.token_bytes = TokenBytes(settings.folder / TOKENIZER_FILE)
         self.scheduler.start()
+        self.stopping = StopReceiver(self.scheduler.cancel)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; returns at once.
 
-        A request with `stop` ends those of its own id; postprocessing sends one when the client has gone.
+        A request with `stop` ends those of its own id, as the C++ backend's does. An id is what a client chose: nothing
+        of ours sends one.
         """
         for request in requests:
             sender = request.get_response_sender()
             try:
                 if _is_set(request, tensors.STOP):
-                    self.scheduler.cancel(id_to_stop(request))
-                    send_last(sender, empty_response())
+                    self.scheduler.cancel_named(id_to_stop(request))
+                    backend.send_last(sender, empty_response(backend.wanted_outputs(request)))
                     continue
                 generation = self._generation(request)
-                sink = ResponseSink(sender, generation, in_pieces=_is_set(request, tensors.STREAMING))
+                answer = AnswerText(self.token_bytes, ending_of(generation, request))
+                wanted = backend.wanted_outputs(request)
+                sink = ResponseSink(sender, generation, answer, wanted, in_pieces=_is_set(request, tensors.STREAMING))
                 if not _is_set(request, tensors.EXCLUDE_INPUT_IN_OUTPUT):
                     sink.prepend_prompt()
                 self.scheduler.submit(generation, sink)
             except Exception as problem:
-                send_last(sender, backend.error_response(problem))
+                backend.send_last(sender, backend.error_response(problem))
 
     def finalize(self) -> None:
-        """Fail what runs and end the thread."""
+        """Fail what runs and end the threads."""
+        self.stopping.close()
         self.scheduler.stop()
 
     def _generation(self, request: Any) -> Generation:
@@ -168,48 +178,74 @@ def id_to_stop(request: Any) -> str:
     return request_id
 
 
+def ending_of(generation: Generation, request: Any) -> Ending:
+    """Return how the answer's text ends: at any end id, and at any stop text."""
+    further = {word[0] for word in generation.stop_words if len(word) == 1}
+    return Ending(
+        end_ids=frozenset({generation.end_id, *further}),
+        max_tokens=generation.max_tokens,
+        stop_words=tuple(word.decode("utf-8") for word in backend.texts(request, tensors.STOP_TEXTS)),
+        min_tokens=generation.sampling.min_tokens,
+    )
+
+
 class ResponseSink:
     """Turns the scheduler's progress into Triton responses: one per token, or one in all."""
 
-    def __init__(self, sender: Any, generation: Generation, *, in_pieces: bool) -> None:
+    def __init__(
+        self, sender: Any, generation: Generation, answer: AnswerText, wanted: frozenset[str], *, in_pieces: bool
+    ) -> None:
         self._sender = sender
-        self._prompt = generation.prompt
+        self._wanted = wanted
+        self._generation = generation
+        self._answer = answer
         self._in_pieces = in_pieces
         self._unsent: list[int] = []
-        self._counted = 0
+        self._unsent_piece = Piece()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stop text ended the answer: the scheduler does not read it."""
+        return self._answer.is_cut
 
     def prepend_prompt(self) -> None:
         """Let the first response begin with the prompt's ids, as the C++ backend does by default."""
-        self._unsent.extend(self._prompt)
+        self._unsent.extend(self._generation.prompt)
 
     def progress(self, step: Progress) -> None:
         """Send what is due."""
         self._unsent.extend(step.new_ids)
-        if not (self._in_pieces or step.is_final):
+        self._unsent_piece = self._unsent_piece.joined(self._answer.piece(step.new_ids))
+        is_final = step.is_final or self.has_ended
+        if not (self._in_pieces or is_final):
             return
-        response = backend.numpy_response(self._outputs(step))
+        response = backend.numpy_response(self._outputs(), self._wanted)
         self._unsent.clear()
-        if step.is_final:
-            send_last(self._sender, response)
+        self._unsent_piece = Piece()
+        if is_final:
+            backend.send_last(self._sender, response)
         else:
             self._sender.send(response)
 
     def fail(self, problem: Exception) -> None:
         """Send the error as the last response."""
-        send_last(self._sender, backend.error_response(problem))
+        backend.send_last(self._sender, backend.error_response(problem))
 
     def is_cancelled(self) -> bool:
-        """Ask Triton whether the client went away."""
+        """Ask Triton whether the client went away. Never after the last response: tritonserver 2.51 dies of it."""
         return bool(self._sender.is_cancelled())
 
-    def _outputs(self, step: Progress) -> dict[str, NDArray[Any]]:
+    def _outputs(self) -> dict[str, NDArray[Any]]:
         """The count is of this response's tokens, as the C++ backend's is (its fillTritonResponse)."""
-        new, self._counted = step.total - self._counted, step.total
-        return decoder_outputs(self._unsent, input_tokens=len(self._prompt), output_tokens=new)
+        piece, generation = self._unsent_piece, self._generation
+        return {
+            **decoder_outputs(self._unsent, input_tokens=len(generation.prompt), output_tokens=piece.tokens),
+            **backend.text_outputs(piece.text, piece.finish_reason, generation.key),
+        }
 
 
 def decoder_outputs(ids: list[int], *, input_tokens: int, output_tokens: int) -> dict[str, NDArray[Any]]:
-    """The outputs of contract C.3 that are made, for one beam of one request."""
+    """Return the outputs of contract C.3 that are made, for one beam of one request."""
     return {
         tensors.OUTPUT_IDS.name: np.array([[ids]], dtype=np.int32),
         tensors.SEQUENCE_LENGTH.name: np.array([[len(ids)]], dtype=np.int32),
@@ -218,9 +254,10 @@ def decoder_outputs(ids: list[int], *, input_tokens: int, output_tokens: int) ->
     }
 
 
-def empty_response() -> Any:
+def empty_response(wanted: frozenset[str]) -> Any:
     """An answer of no tokens."""
-    return backend.numpy_response(decoder_outputs([], input_tokens=0, output_tokens=0))
+    outputs = {**decoder_outputs([], input_tokens=0, output_tokens=0), **backend.text_outputs("", "", 0)}
+    return backend.numpy_response(outputs, wanted)
 
 
 def engine_from_settings(settings: ServingSettings) -> ReferenceEngine:
@@ -271,11 +308,6 @@ def require_fits(prompt_tokens: int, max_tokens: int, max_seq_len: int) -> None:
         raise NvlmError(
             f"{prompt_tokens} prompt tokens and request_output_len {max_tokens} exceed max_seq_len {max_seq_len}"
         )
-
-
-def send_last(sender: Any, response: Any) -> None:
-    """Send the final response of a request."""
-    sender.send(response, flags=backend.backend_module().TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _is_set(request: Any, spec: tensors.TensorSpec) -> bool:

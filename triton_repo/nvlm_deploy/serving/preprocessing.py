@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
-from nvlm_deploy import tensors
+from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import PromptBuilder, Wrapper
 from nvlm_deploy.serving import backend
-from nvlm_deploy.serving.request import Ask, Limits, RequestPreparer, Sampling
+from nvlm_deploy.serving.lanes import Lanes
+from nvlm_deploy.serving.options import Ask, ask_from_request
+from nvlm_deploy.serving.request import Limits, RequestPreparer
 from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
 
 
 class TritonPythonModel:
-    """What Triton calls."""
+    """What Triton calls; decoupled, so that a request that waits for its turn stops nobody."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the tokenizer and the model's facts beside `model.py`."""
@@ -20,47 +23,43 @@ class TritonPythonModel:
         settings = ServingSettings(args)
         spec = settings.spec()
         wrapper = cast(Wrapper, settings.text("prompt_wrapper"))  # PromptBuilder checks it
-        prompts = PromptBuilder(settings.folder / TOKENIZER_FILE, spec, wrapper=wrapper)
         limits = Limits(
             max_seq_len=settings.integer("max_seq_len"),
             max_images=settings.integer("max_images"),
             default_max_tokens=settings.integer("default_max_tokens"),
-            max_pixels=settings.integer("max_pixels"),
+            max_request_bytes=settings.integer("max_request_bytes"),
         )
-        self.preparer = RequestPreparer(
-            prompts, spec, limits, vision_digest=settings.text("vision_digest"), threads=settings.integer("threads")
-        )
+        threads = settings.integer("threads")
+        self.tiler = ImageTiler(spec.tiling, threads=threads, max_pixels=settings.integer("max_pixels"))
+        prompts = PromptBuilder(settings.folder / TOKENIZER_FILE, spec, wrapper=wrapper)
+        self.preparer = RequestPreparer(prompts, self.tiler, spec, limits, vision_digest=settings.text("vision_digest"))
         self.preparer.warm_up()
+        self.lanes = Lanes(
+            threads=threads,
+            max_jobs=settings.integer("max_waiting_requests"),
+            max_bytes=settings.integer("max_waiting_bytes"),
+        )
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One response per request; a failing one fails alone."""
-        return [self._response(request) for request in requests]
+    def execute(self, requests: list[Any]) -> None:
+        """Judge and queue the requests; returns at once."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                ask = ask_from_request(request)
+                self.preparer.require_within_limits(ask)
+                job = functools.partial(self._prepare, ask, sender)
+                self.lanes.submit(job, has_pictures=bool(ask.images), size_bytes=ask.size_bytes)
+            except Exception as problem:
+                backend.send_last(sender, backend.error_response(problem))
 
     def finalize(self) -> None:
         """Triton unloads the model."""
-        self.preparer.close()
+        self.lanes.close()
+        self.tiler.close()
 
-    def _response(self, request: Any) -> Any:
+    def _prepare(self, ask: Ask, sender: Any) -> None:
         try:
-            return backend.numpy_response(self.preparer.prepared(ask_from_request(request)))
+            response = backend.numpy_response(self.preparer.prepared(ask))
         except Exception as problem:
-            return backend.error_response(problem)
-
-
-def ask_from_request(request: Any) -> Ask:
-    """Read the ensemble's inputs."""
-    (text,) = backend.texts(request, tensors.TEXT_INPUT)
-    return Ask(
-        text=text,
-        images=backend.texts(request, tensors.IMAGE),
-        max_tokens=backend.scalar(request, tensors.MAX_TOKENS),
-        sampling=Sampling(
-            temperature=backend.scalar(request, tensors.TEMPERATURE),
-            top_k=backend.scalar(request, tensors.TOP_K),
-            top_p=backend.scalar(request, tensors.TOP_P),
-            repetition_penalty=backend.scalar(request, tensors.REPETITION_PENALTY),
-            seed=backend.scalar(request, tensors.SEED),
-        ),
-        stop_words=backend.texts(request, tensors.STOP_WORDS),
-        stream=bool(backend.scalar(request, tensors.STREAM)),
-    )
+            response = backend.error_response(problem)
+        backend.send_last(sender, response)

@@ -6,11 +6,12 @@ The scheduler knows neither Triton nor torch modules: tokens come from an `Engin
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,7 +29,8 @@ CANCEL_POLL_S = 0.05
 class Generation:
     """What is to be generated after one prompt.
 
-    `prompt` numbers visual tokens from vocab_size on; they are rows of `table` [rows, hidden].
+    `prompt` numbers visual tokens from vocab_size on; they are rows of `table` [rows, hidden]. `key` is the server's
+    own name of the request; `request_id` is what its client calls it, which others may use too.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +41,7 @@ class Generation:
     stop_words: tuple[Word, ...] = ()
     bad_words: tuple[Word, ...] = ()
     request_id: str = ""
+    key: int = field(default_factory=lambda: secrets.randbits(64))
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,13 @@ class Sink(Protocol):
         """The request cannot be answered; the last call."""
         ...
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the sink itself has ended the answer; nothing more is delivered then."""
+        ...
+
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Whether nobody waits for the answer any more. Not asked after the last call."""
         ...
 
 
@@ -102,7 +110,7 @@ class _Sequence:
         self.sampler = Sampler(
             generation.sampling, generation.prompt, end_id=generation.end_id, bad_words=generation.bad_words
         )
-        self._next_poll = time.monotonic() + CANCEL_POLL_S
+        self._next_poll = 0.0
 
     @property
     def last_token(self) -> int:
@@ -128,7 +136,7 @@ class _Sequence:
         _guarded(lambda: self.sink.fail(problem))
 
     def end_if_cancelled(self, now: float) -> None:
-        """Asking Triton costs a round trip to its process, so not at every token."""
+        """Asking Triton costs a round trip to its process, so not at every token; once before the first."""
         if now >= self._next_poll:
             self._next_poll = now + CANCEL_POLL_S
             self.is_stopped = self.is_stopped or self.sink.is_cancelled()
@@ -137,9 +145,8 @@ class _Sequence:
             self._deliver((self.generation.end_id,), self.total, is_final=True)
 
     def _deliver(self, new_ids: tuple[int, ...], total: int, *, is_final: bool) -> None:
-        self.is_done = is_final
-        if not _guarded(lambda: self.sink.progress(Progress(new_ids, total, is_final))):
-            self.is_done = True
+        is_delivered = _guarded(lambda: self.sink.progress(Progress(new_ids, total, is_final)))
+        self.is_done = is_final or not is_delivered or self.sink.has_ended
 
 
 class Scheduler:
@@ -178,13 +185,20 @@ class Scheduler:
             self._waiting.append(sequence)
             self._changed.notify()
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, key: int) -> None:
+        """End the request of this key at the next step; none is fine."""
+        self._cancel(lambda generation: generation.key == key)
+
+    def cancel_named(self, request_id: str) -> None:
         """End the request of this id at the next step; none is fine.
 
         When several clients use one id nobody can tell whose request is meant: all go on to their own end.
         """
+        self._cancel(lambda generation: generation.request_id == request_id)
+
+    def _cancel(self, is_meant: Callable[[Generation], bool]) -> None:
         with self._changed:
-            meant = [s for s in (*self._running, *self._waiting) if s.generation.request_id == request_id]
+            meant = [s for s in (*self._running, *self._waiting) if is_meant(s.generation)]
             if len(meant) == 1:
                 meant[0].is_stopped = True
 

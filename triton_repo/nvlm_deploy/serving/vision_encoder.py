@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.serving import backend
 from nvlm_deploy.serving.engine import open_engine
 from nvlm_deploy.serving.settings import ServingSettings
@@ -36,10 +35,9 @@ class TritonPythonModel:
 
     def _response(self, request: Any) -> Any:
         try:
-            tiles = backend.array(request, TILES)
-            if tiles is None:
-                raise NvlmError(f"input {TILES.name} is missing")
-            return self._prompt_table(self._rows(tiles))
+            if request.is_cancelled():
+                return backend.cancelled_response()
+            return self._prompt_table(self._rows(backend.required_array(request, TILES)))
         except Exception as problem:
             return backend.error_response(problem)
 

@@ -195,13 +195,19 @@ def test_an_odd_number_of_patches_cannot_be_shuffled(config):
 
 
 class Headers:
-    """A checkpoint reduced to a config and one shape."""
+    """A checkpoint reduced to its settings, the id of `<|im_end|>` and one shape."""
+
+    generation: Mapping[str, Any] = {}
+    turn_end: int | None = None
 
     def __init__(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> None:
         self.config, self._shape = config, shape
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shape
+
+    def added_token_id(self, content: str) -> int | None:
+        return self.turn_end
 
 
 @pytest.mark.parametrize("shape", [(), (12288,), (12288, 3201), (12289, 3200), (3 * 24 * 128, 3200)])

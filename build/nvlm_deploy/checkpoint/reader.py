@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.ends import GENERATION_NAME
 
 if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
 # the format's own limit on a header (safetensors: MAX_HEADER_SIZE)
 _MAX_HEADER_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 24
@@ -42,10 +44,11 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     infos: Mapping[str, TensorInfo] = field(repr=False)
+    generation: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read config.json, the index and every shard's header.
+        """Read config.json, generation_config.json where there is one, the index and every shard's header.
 
         Raises NvlmError naming each missing shard, a shard shorter than its header says, and each tensor of the index
         that its shard does not hold.
@@ -59,7 +62,13 @@ class Checkpoint:
         infos = {info.name: info for shard in shards for info in read_header(folder / shard)}
         if index is not None:
             _require_tensors(folder, index, infos)
-        return cls(folder, config, infos)
+        return cls(folder, config, infos, _optional_json(folder / GENERATION_NAME))
+
+    def added_token_id(self, content: str) -> int | None:
+        """The id that tokenizer.json gives an added token such as `<|im_end|>`; None where it has none."""
+        added = _optional_json(self.folder / TOKENIZER_NAME).get("added_tokens") or []
+        ids = (token.get("id") for token in added if isinstance(token, dict) and token.get("content") == content)
+        return next((token for token in ids if isinstance(token, int)), None)
 
     @property
     def names(self) -> list[str]:
@@ -148,6 +157,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise NvlmError(f"{path} holds a JSON {type(document).__name__}, expected an object")
     return document
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object for a file that is not there."""
+    return read_json(path) if path.exists() else {}
 
 
 def read_header(shard: Path) -> list[TensorInfo]:

@@ -87,10 +87,9 @@ class PromptBuilder:
     def require_matches(self, spec: ModelSpec) -> None:
         """Raises NvlmError when the tokenizer is not the one that the model was trained with, as far as ids tell."""
         end = self.tokenizer.token_to_id(IM_END)
-        if end != spec.prompt.eos_token_id:
-            raise NvlmError(
-                f"tokenizer.json has {IM_END} as id {end}, config.json eos_token_id {spec.prompt.eos_token_id}"
-            )
+        if end not in spec.prompt.eos_token_ids:
+            ends = ", ".join(map(str, spec.prompt.eos_token_ids))
+            raise NvlmError(f"tokenizer.json has {IM_END} as id {end}, the checkpoint's eos_token_id is {ends}")
         if self.tokenizer.get_vocab_size() > spec.decoder.vocab_size:
             raise NvlmError(
                 f"tokenizer.json has {self.tokenizer.get_vocab_size()} tokens, the model {spec.decoder.vocab_size}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.config_section import ConfigSection
+from nvlm_deploy.model.ends import end_ids, pad_id, settings_of_generation
 
 # Qwen2.5's tokenizer, which the released checkpoint carries (facts nvlm-d.md section 5)
 VISION_PAD = "<|vision_pad|>"
@@ -112,10 +113,14 @@ class TilingSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """Where generation ends by default."""
+    """Where generation ends: `eos_token_id` is the end of a turn (`<|im_end|>`), `eos_token_ids` are all end ids.
+
+    `pad_token_id` fills batches up; no result depends on it.
+    """
 
     eos_token_id: int
-    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,17 @@ class ModelSpec:
 
 
 class HasHeaders(Protocol):
-    """What spec_from_checkpoint needs of a checkpoint: its config and the shapes in its headers."""
+    """What spec_from_checkpoint needs of a checkpoint: settings, ids of its tokenizer, shapes from its headers."""
 
     @property
     def config(self) -> Mapping[str, Any]: ...
 
+    @property
+    def generation(self) -> Mapping[str, Any]: ...
+
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def added_token_id(self, content: str) -> int | None: ...
 
 
 def spec_from_checkpoint(checkpoint: HasHeaders) -> ModelSpec:
@@ -145,7 +155,9 @@ def spec_from_checkpoint(checkpoint: HasHeaders) -> ModelSpec:
     """
     _require_nvlm(ConfigSection(checkpoint.config))
     heads, hidden = _heads_and_width(ConfigSection(checkpoint.config).section("vision_config"))
-    return spec_from_config(checkpoint.config, padded_heads=_padded_heads(checkpoint.shape(QKV_NAME), hidden, heads))
+    spec = spec_from_config(checkpoint.config, padded_heads=_padded_heads(checkpoint.shape(QKV_NAME), hidden, heads))
+    turn_end, vocab_size = checkpoint.added_token_id(IM_END), spec.decoder.vocab_size
+    return replace(spec, prompt=_prompt_spec(checkpoint.config, checkpoint.generation, vocab_size, turn_end))
 
 
 def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = None) -> ModelSpec:
@@ -157,8 +169,9 @@ def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = No
     decoder = _decoder_spec(llm)
     _require_divides(vision.grid, PIXEL_SHUFFLE, "patches along a tile", "pixel shuffle factor")
     projector = ProjectorSpec(vision.hidden_size * PIXEL_SHUFFLE**2, decoder.intermediate_size, decoder.hidden_size)
-    prompt = PromptSpec(_token_id(llm, "eos_token_id", decoder), _token_id(llm, "bos_token_id", decoder))
-    return ModelSpec(vision, projector, decoder, _tiling_spec(top, vision), prompt)
+    return ModelSpec(
+        vision, projector, decoder, _tiling_spec(top, vision), _prompt_spec(config, {}, decoder.vocab_size)
+    )
 
 
 def _require_nvlm(top: ConfigSection) -> None:
@@ -262,11 +275,14 @@ def _tiling_spec(top: ConfigSection, vision: VisionSpec) -> TilingSpec:
     return tiling
 
 
-def _token_id(llm: ConfigSection, key: str, decoder: DecoderSpec) -> int:
-    token_id = llm.integer(key)
-    if not 0 <= token_id < decoder.vocab_size:
-        raise NvlmError(f"llm_config.{key} is {token_id}, outside the vocabulary of {decoder.vocab_size}")
-    return token_id
+def _prompt_spec(
+    config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int, turn_end: int | None = None
+) -> PromptSpec:
+    """The first end id stands for the turn's where the tokenizer's own (`turn_end`) is unknown or not among them."""
+    places = settings_of_generation(config, generation)
+    ends = end_ids(places, vocab_size)
+    end = turn_end if turn_end in ends else ends[0]
+    return PromptSpec(end, ends, pad_id(places, vocab_size, default=end))
 
 
 def _padded_heads(qkv_shape: tuple[int, ...], hidden: int, heads: int) -> int:

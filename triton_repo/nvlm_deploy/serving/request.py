@@ -118,7 +118,7 @@ class RequestPreparer:
             tensors.TILES.name: tiles,
             **_decoder_tensors(ids, max_tokens, packed_words(stop_words), stream=ask.stream),
             tensors.END_ID.name: _one(self.spec.prompt.eos_token_id, np.int32),
-            tensors.PAD_ID.name: _one(self.spec.prompt.bos_token_id, np.int32),
+            tensors.PAD_ID.name: _one(self.spec.prompt.pad_token_id, np.int32),
             **_sampling_tensors(sampling),
             tensors.PROMPT_TABLE_EXTRA_IDS.name: self._extra_ids(ids, tiles),
         }

@@ -58,7 +58,7 @@ def spec_from_json(text: str | bytes) -> ModelSpec:
         spec = TypeAdapter(ModelSpec).validate_json(text, strict=True)
     except ValidationError as problem:
         raise NvlmError(f"{SPEC_FILE} is damaged: {faults_of(problem)}", hint="assemble the repository again") from None
-    if asdict(spec) != json.loads(text) or not _is_possible(spec):
+    if json.loads(spec_as_json(spec)) != json.loads(text) or not _is_possible(spec):
         raise NvlmError(f"{SPEC_FILE} is damaged: no model is like that", hint="assemble the repository again")
     return spec
 
@@ -66,10 +66,19 @@ def spec_from_json(text: str | bytes) -> ModelSpec:
 def _is_possible(spec: ModelSpec) -> bool:
     """Whether what is derived from its numbers is derived at once, and divides by none that is zero."""
     named = [(name, value) for section in asdict(spec).values() for name, value in section.items()]
-    most = {"layers": MOST_LAYERS}
-    right = all(
-        (value > 0 or (value == 0 and name.endswith("_id"))) and value <= most.get(name, MOST_TOKENS)
-        for name, value in named
-        if not isinstance(value, bool)
+    right = all(_is_number_of_a_model(name, value) for name, value in named if not isinstance(value, bool | tuple))
+    return (
+        right and _is_possible_prompt(spec) and min(spec.vision.head_size, spec.decoder.head_size, spec.vision.grid) > 0
     )
-    return right and min(spec.vision.head_size, spec.decoder.head_size, spec.vision.grid) > 0
+
+
+def _is_number_of_a_model(name: str, value: float) -> bool:
+    most = MOST_LAYERS if name == "layers" else MOST_TOKENS
+    return (value > 0 or (value == 0 and name.endswith("_id"))) and value <= most
+
+
+def _is_possible_prompt(spec: ModelSpec) -> bool:
+    """The end of a turn is among the ends, and every id is one of the vocabulary."""
+    prompt = spec.prompt
+    in_vocabulary = all(0 <= token < spec.decoder.vocab_size for token in (*prompt.eos_token_ids, prompt.pad_token_id))
+    return in_vocabulary and prompt.eos_token_id in prompt.eos_token_ids

@@ -12,11 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvlm_deploy.model.foreign.setting import CONFIG, GENERATION, LLM, VISION, Documents, findings_of
+from nvlm_deploy.model.foreign.setting import (
+    CONFIG,
+    GENERATION,
+    LLM,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MODEL,
+    VISION,
+    Documents,
+    findings_of,
+)
 from nvlm_deploy.model.foreign.table import KNOWN, TABLE
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec, spec_from_config
-from nvlm_deploy.model.tokenizer import open_tokenizer
+from nvlm_deploy.model.tokenizer import open_tokenizer, text_without_leftovers
 
 TEXT = "Which digit is in tile 3? Ａ ﬁ e\u0301 Ünïcödé 漢字 🙂 <tool_call> and a word<tool_call>"
 DIGITS = "How many digits are in all tiles? Read all digits in order, please answer the questions."
@@ -44,6 +54,17 @@ def test_every_key_of_any_config_has_a_line_in_each_section() -> None:
 
     keys = [key for key in PreTrainedConfig().to_dict() if not key.startswith("_")]
     assert [(place, key) for place in (CONFIG, LLM, VISION) for key in keys if (place, key) not in KNOWN] == []
+
+
+def test_every_key_that_transformers_writes_of_a_tokenizer_has_a_line(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    keys = [(TOKENIZER_CONFIG, key) for key in written] + [(TOKENIZER, key) for key in tokenizer]
+    keys += [(TOKENIZER_MODEL, key) for key in tokenizer["model"]]
+    assert [key for key in keys if key not in KNOWN] == []
 
 
 THETAS = st.none() | st.sampled_from([500.0, 10000.0, 1e6])
@@ -143,6 +164,16 @@ def test_random_merges_are_switched_off_which_transformers_obeys(
     plain = PromptBuilder(tokenizer_file, tiny_spec).ids(DIGITS, [3])
     assert all(PromptBuilder(file, tiny_spec).ids(DIGITS, [3]) == plain for _ in range(3))
     assert ids_by_transformers(file, DIGITS) != open_tokenizer(file).encode(DIGITS, add_special_tokens=False).ids
+
+
+def test_what_another_engine_gets_has_no_leftovers_either(tokenizer_file: Path, tmp_path: Path) -> None:
+    leftovers = {"truncation": TRUNCATION, "padding": PADDING}
+    file = edited(tokenizer_file, tmp_path, lambda one: (one.update(leftovers), one["model"].update(dropout=0.5)))
+    neutral = text_without_leftovers(file)
+    assert neutral is not None
+    file.write_text(neutral)
+    assert ids_by_transformers(file, DIGITS) == ids_by_transformers(tokenizer_file, DIGITS)
+    assert text_without_leftovers(tokenizer_file) is None
 
 
 def test_a_template_adds_nothing_to_the_prompt(tokenizer_file: Path, tmp_path: Path, tiny_spec: ModelSpec) -> None:

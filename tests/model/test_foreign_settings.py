@@ -172,6 +172,11 @@ TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
             at("added_tokens_decoder", {"376": {"content": "<tool_call>", "special": True}}),
             "added_tokens_decoder = ['<tool_call>']",
         ),
+        (
+            "tokenizer_config.json",
+            at("chat_template", "{{ bos_token }}[INST]"),
+            "chat_template = '{{ bos_token }}[INST]'",
+        ),
         ("preprocessor_config.json", at("max_dynamic_patch", 12), "max_dynamic_patch = 12: not obeyed: config.json"),
         ("model.safetensors.index.json", at("metadata.total_size", 5), "metadata.total_size = 5: not used: the shards"),
     ],
@@ -328,6 +333,29 @@ def test_an_index_cannot_lead_out_of_the_folder(folder: Path, outside: str) -> N
     index["weight_map"]["mlp1.0.weight"] = outside
     path.write_text(json.dumps(index))
     with pytest.raises(NvlmError, match=r"outside the folder|shards missing"):
+        facts_of(folder)
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_reported_too(folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(json.loads((folder / "tokenizer_config.json").read_text())["chat_template"])
+    assert lines(folder, Treatment.NEUTRALISED) == ""
+    file.write_text("<|im_start|>system\nYou are a pirate.<|im_end|>")
+    assert lines(folder, Treatment.NEUTRALISED).startswith("chat_template.jinja: chat_template = ")
+
+
+def test_an_image_size_that_the_positions_do_not_have_is_refused(folder: Path) -> None:
+    edit(folder, "config.json", at("force_image_size", 112))
+    edit(folder, "config.json", at("vision_config.image_size", 112))
+    edit(folder, "preprocessor_config.json", lambda document: document.clear())
+    with pytest.raises(NvlmError, match=r"position_embedding .*has shape \[1, 17, 128\], expected \[1, 65, 128\]"):
+        facts_of(folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_settings_file_that_is_no_json_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("{")
+    with pytest.raises(NvlmError, match=f"{name} is not JSON"):
         facts_of(folder)
 
 

@@ -46,7 +46,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     infos: Mapping[str, TensorInfo] = field(repr=False)
-    generation: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    generation: Mapping[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -64,7 +64,7 @@ class Checkpoint:
         infos = {info.name: info for shard in shards for info in read_header(folder / shard)}
         if index is not None:
             _require_tensors(folder, index, infos)
-        return cls(folder, config, infos, optional_json(folder / GENERATION_NAME) or {})
+        return cls(folder, config, infos, generation=optional_json(folder / GENERATION_NAME) or {})
 
     def added_token_id(self, content: str) -> int | None:
         """The id that tokenizer.json gives an added token such as `<|im_end|>`; None where it has none."""

@@ -32,6 +32,16 @@ def open_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def text_without_leftovers(path: Path) -> str | None:
+    """tokenizer.json as another program may read it: without what `open_tokenizer` undoes; None where it has none."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    model = document.get("model") or {}
+    if not (document.get("truncation") or document.get("padding") or model.get("dropout")):
+        return None
+    neutral = {"truncation": None, "padding": None, "model": {**model, "dropout": None}}
+    return json.dumps({**document, **neutral}, ensure_ascii=False)
+
+
 def _read(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 

@@ -23,8 +23,10 @@ from nvlm_deploy.model.foreign.setting import (
     shown,
 )
 from nvlm_deploy.model.foreign.table import TILING_KEYS
+from nvlm_deploy.model.prompt import DEFAULT_SYSTEM
 from nvlm_deploy.model.spec import (
     DEFAULT_ROTARY_BASE,
+    IM_START,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ROPE_PLACES,
@@ -34,6 +36,8 @@ from nvlm_deploy.model.spec import (
 
 # both name the id that stands for an image in other models' prompts
 _IMAGE_TOKENS = ("image_token_index", "image_token_id", "img_context_token_id")
+# where transformers 5 keeps a tokenizer's template
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -45,6 +49,7 @@ def relations(documents: Documents, checkpoint: Checkpoint, spec: ModelSpec) -> 
     if TOKENIZER in documents.places:
         yield from _vocabulary(documents, spec)
         yield from _added_tokens(documents)
+    yield from _chat_templates(documents, checkpoint)
     yield from _preprocessing(documents, spec)
     yield from _tiling(documents)
     yield from _weights(checkpoint)
@@ -165,6 +170,20 @@ def _decoded_otherwise(documents: Documents, added: Mapping[int, Mapping[str, An
             token.get(name, ours.get(name)) != ours.get(name) for name in ("content", "special", *_FLAGS)
         ):
             yield str(token.get("content"))
+
+
+def _chat_templates(documents: Documents, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Templates other than the two that a wrapper writes, by their marks and their system sentence."""
+    stated = documents.value(TOKENIZER_CONFIG, "chat_template")
+    texts = {(TOKENIZER_CONFIG, "chat_template"): "" if stated is None else str(stated)}
+    file = checkpoint.folder / CHAT_TEMPLATE_NAME
+    if file.is_file():
+        texts[CHAT_TEMPLATE_NAME, "chat_template"] = file.read_text(encoding="utf-8", errors="replace")
+    sentences = [sentence for sentence in DEFAULT_SYSTEM.values() if sentence]
+    for (place, key), text in texts.items():
+        if text and not (IM_START in text and any(sentence in text for sentence in sentences)):
+            effect = "not obeyed: the prompt is what the profile's serving.wrapper writes"
+            yield Finding(Treatment.NEUTRALISED, place, key, shown(text), effect)
 
 
 def _preprocessing(documents: Documents, spec: ModelSpec) -> Iterator[Finding]:

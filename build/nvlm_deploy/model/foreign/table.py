@@ -231,7 +231,14 @@ def _tokenizer_config() -> Iterator[Setting]:
     )
     yield from silent(TOKENIZER_CONFIG, "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
     yield from silent(TOKENIZER_CONFIG, "mask_token", "added_tokens_decoder", "additional_special_tokens")
-    yield from silent(TOKENIZER_CONFIG, "extra_special_tokens", "model_input_names", "model_specific_special_tokens")
+    yield from silent(
+        TOKENIZER_CONFIG,
+        "is_local",
+        "local_files_only",
+        "extra_special_tokens",
+        "model_input_names",
+        "model_specific_special_tokens",
+    )
     for key in ("add_bos_token", "add_eos_token", "split_special_tokens", "tokenizer_file", "vocab_file"):
         yield ignored(TOKENIZER_CONFIG, key, False, effect=_CHAT)
     for key in ("add_prefix_space", "do_lower_case", "trim_offsets"):

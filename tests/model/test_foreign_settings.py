@@ -104,6 +104,11 @@ def without(path: str) -> Edit:
     return change
 
 
+def rename_letter(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!!"] = vocabulary.pop("°")
+
+
 def lines(folder: Path, treatment: Treatment) -> str:
     return "\n".join(foreign_settings(Checkpoint.open(folder)).lines(treatment))
 
@@ -192,6 +197,10 @@ def test_what_has_no_effect_is_reported_with_its_value(folder: Path, name: str, 
     [
         ("tokenizer.json", at("normalizer", {"type": "Lowercase"}), "normalizer = {'type': 'Lowercase'}"),
         ("tokenizer.json", at("pre_tokenizer.pretokenizers.1.add_prefix_space", True), "pre_tokenizer = "),
+        ("tokenizer.json", at("normalizer", None), "normalizer = None"),
+        ("tokenizer.json", at("pre_tokenizer", None), "pre_tokenizer = None"),
+        ("tokenizer.json", at("model.unk_token", "<|endoftext|>"), "unk_token = '<|endoftext|>'"),
+        ("tokenizer.json", rename_letter, "vocab lacks = "),
         ("tokenizer.json", at("model.byte_fallback", True), "byte_fallback = True"),
         ("tokenizer.json", at("model.ignore_merges", True), "ignore_merges = True"),
         ("tokenizer.json", at("added_tokens.14.lstrip", True), "added_tokens.lstrip = ['<tool_call>']"),
@@ -286,6 +295,8 @@ def test_a_key_that_no_answer_depends_on_is_not_demanded(folder: Path, key: str)
         ("tokenizer.json", at("added_tokens.21.id", 400), "has id 400, which another token has or which leaves a gap"),
         ("tokenizer.json", at("model.vocab.!", 5), "id 5 is that of 2 tokens"),
         ("tokenizer.json", at("model.vocab.漢字", 361), "vocab is .*"),
+        ("tokenizer.json", at("added_tokens.2.special", False), r"special of <\|im_end\|> is False; only true"),
+        ("tokenizer.json", at("added_tokens.11.special", False), r"special of <\|vision_pad\|> is False"),
         ("preprocessor_config.json", at("image_mean", [0.5, 0.5, 0.5]), r"image_mean is \[0.5, 0.5, 0.5\]; only"),
         ("preprocessor_config.json", at("image_std", [0.5, 0.5, 0.5]), "image_std is"),
         ("preprocessor_config.json", at("size", {"height": 448, "width": 448}), "size is .*only the model's 56"),

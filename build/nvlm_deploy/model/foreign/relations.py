@@ -26,6 +26,7 @@ from nvlm_deploy.model.foreign.table import TILING_KEYS
 from nvlm_deploy.model.prompt import DEFAULT_SYSTEM
 from nvlm_deploy.model.spec import (
     DEFAULT_ROTARY_BASE,
+    IM_END,
     IM_START,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -48,6 +49,7 @@ def relations(documents: Documents, checkpoint: Checkpoint, spec: ModelSpec) -> 
     yield from _image_tokens(documents, checkpoint)
     if TOKENIZER in documents.places:
         yield from _vocabulary(documents, spec)
+        yield from _shown_marks(documents, spec)
         yield from _added_tokens(documents)
     yield from _chat_templates(documents, checkpoint)
     yield from _preprocessing(documents, spec)
@@ -109,10 +111,7 @@ def _vocabulary(documents: Documents, spec: ModelSpec) -> Iterator[Finding]:
     if beyond:
         effect = f"outside the model's vocabulary of {spec.decoder.vocab_size}, as {len(beyond)} token(s) are"
         yield Finding(Treatment.REFUSED, TOKENIZER, f"id of {beyond[0][0]}", shown(beyond[0][1]), effect)
-    strange = _letters_of_no_byte(vocabulary, {token["content"] for token in _added(documents)})
-    if strange:
-        effect = "not letters of byte-level BPE: such tokens are no bytes of text"
-        yield Finding(Treatment.REFUSED, TOKENIZER_MODEL, "vocab", shown(strange), effect)
+    yield from _letters(vocabulary, {token["content"] for token in _added(documents)})
 
 
 def _ids_of_vocabulary(documents: Documents) -> dict[str, int]:
@@ -122,17 +121,37 @@ def _ids_of_vocabulary(documents: Documents) -> dict[str, int]:
     return {name: token for name, token in entries if isinstance(token, int)}
 
 
-def _letters_of_no_byte(vocabulary: Mapping[str, Any], added: set[str]) -> str:
+def _letters(vocabulary: Mapping[str, Any], added: set[str]) -> Iterator[Finding]:
+    """Letters that stand for no byte, and bytes that have no letter."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters: set[str] = set().union(*(name for name in vocabulary if name not in added))
-    return "".join(sorted(letters - set(ByteLevel.alphabet())))
+    alphabet = set(ByteLevel.alphabet())
+    if letters - alphabet:
+        effect = "not letters of byte-level BPE: such tokens are no bytes of text"
+        strange = shown("".join(sorted(letters - alphabet)))
+        yield Finding(Treatment.REFUSED, TOKENIZER_MODEL, "vocab", strange, effect)
+    if alphabet - set(vocabulary):
+        effect = "as in transformers, text with these bytes' letters loses them: no token stands for them"
+        lacking = shown("".join(sorted(alphabet - set(vocabulary))))
+        yield Finding(Treatment.HONOURED, TOKENIZER_MODEL, "vocab lacks", lacking, effect)
 
 
 def _added(documents: Documents) -> list[Mapping[str, Any]]:
     added = documents.value(TOKENIZER, "added_tokens")
     tokens = [token for token in added if isinstance(token, Mapping)] if isinstance(added, list) else []
     return [token for token in tokens if isinstance(token.get("id"), int) and isinstance(token.get("content"), str)]
+
+
+def _shown_marks(documents: Documents, spec: ModelSpec) -> Iterator[Finding]:
+    """Marks of a turn and ends of an answer that an answer would show."""
+    marks = {IM_START, IM_END, VISION_PAD}
+    for token in _added(documents):
+        is_mark = token["content"] in marks or token["id"] in spec.prompt.eos_token_ids
+        if is_mark and token.get("special") is not True:
+            effect = "only true is supported: an answer would show the token"
+            key = f"special of {token['content']}"
+            yield Finding(Treatment.REFUSED, TOKENIZER, key, shown(token.get("special")), effect)
 
 
 def _added_tokens(documents: Documents) -> Iterator[Finding]:
@@ -211,7 +230,7 @@ def _tiling(documents: Documents) -> Iterator[Finding]:
 def _weights(checkpoint: Checkpoint) -> Iterator[Finding]:
     wide = sorted({info.dtype for info in checkpoint.infos.values()} - {"BF16"})
     if wide:
-        effect = "what is not quantised is rounded to the profile's 16 bits, BF16 in the decoder"
+        effect = "rounded where they are not quantised: the decoder's to BF16, the encoder's to vision.precision"
         yield Finding(Treatment.NEUTRALISED, WEIGHTS, "dtype", shown(wide), effect)
     path = checkpoint.folder / INDEX_NAME
     metadata = read_json(path).get("metadata") if path.is_file() else None

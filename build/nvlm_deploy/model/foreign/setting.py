@@ -91,8 +91,8 @@ class Setting:
 
     @property
     def _takes_null(self) -> bool:
-        """Python takes null for false; where that is not plain, null is another model."""
-        return self.treatment is not Treatment.REFUSED or self.is_plain(False)
+        """Null asks for nothing, as false does; where false is not plain, null is another model too."""
+        return self.treatment is Treatment.NEUTRALISED or self.is_plain(False)
 
 
 def is_one_of(*plain: object) -> Callable[[Any], bool]:
@@ -133,9 +133,9 @@ def ignored(place: str, key: str, *plain: object, effect: str) -> Setting:
     return Setting(place, key, Treatment.NEUTRALISED, is_one_of(*plain), effect)
 
 
-def honoured(place: str, key: str, is_plain: Callable[[Any], bool], *, effect: str) -> Setting:
+def honoured(place: str, key: str, is_plain: Callable[[Any], bool], *, effect: str, absent: str = "") -> Setting:
     """A key whose other values take effect, which is said."""
-    return Setting(place, key, Treatment.HONOURED, is_plain, effect)
+    return Setting(place, key, Treatment.HONOURED, is_plain, effect, absent)
 
 
 def with_default(place: str, key: str, *, absent: str) -> Setting:

@@ -129,6 +129,15 @@ _GENERATION_INERT = (
     *("target_lookbehind", "assistant_ensemble_weight"),
 )
 
+# names and places; relations.py judges chat_template, added_tokens_decoder and additional_special_tokens
+_TOKENIZER_CONFIG_INERT = (
+    *("chat_template", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+    *("model_max_length", "tokenizer_class", "auto_map", "name_or_path", "padding_side", "truncation_side"),
+    *("processor_class", "use_fast", "legacy", "backend", "is_local", "local_files_only", "model_input_names"),
+    *("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"),
+    "model_specific_special_tokens",
+)
+
 
 def _in_every_section() -> Iterator[Setting]:
     """What may stand at the top of config.json and in either section."""
@@ -206,39 +215,24 @@ def _tokenizer() -> Iterator[Setting]:
     for key in ("truncation", "padding"):
         effect = "left over from training: switched off, as transformers does with every call"
         yield ignored(TOKENIZER, key, effect=effect)
-    yield honoured(TOKENIZER, "normalizer", lambda value: value == {"type": "NFC"}, effect=_AS_IN_FILE)
-    yield honoured(TOKENIZER, "pre_tokenizer", _is_qwen2_pre_tokenizer, effect=_AS_IN_FILE)
+    for key, is_plain in (("normalizer", _is_nfc), ("pre_tokenizer", _is_qwen2_pre_tokenizer)):
+        yield honoured(TOKENIZER, key, is_plain, effect=_AS_IN_FILE, absent="none is applied, as in transformers")
     effect = "not obeyed: no token is added to the prompt that the profile's serving.wrapper writes"
     yield Setting(TOKENIZER, "post_processor", Treatment.NEUTRALISED, _adds_no_token, effect)
     yield refused(TOKENIZER, "decoder", _is_byte_level, why="only ByteLevel is supported: tokens are bytes of text")
-    yield from silent(TOKENIZER_MODEL, "vocab", "merges", "unk_token", "fuse_unk", "cache_capacity")
+    yield from silent(TOKENIZER_MODEL, "vocab", "merges", "cache_capacity")
     yield only(TOKENIZER_MODEL, "type", "BPE", why="NVLM-D's tokenizer is byte-level BPE")
     effect = "left over from training: switched off, since the same text would become other tokens each time"
     yield ignored(TOKENIZER_MODEL, "dropout", 0.0, effect=effect)
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         yield only_empty(TOKENIZER_MODEL, key, why="byte-level BPE has none, and text would be lost")
-    for key in ("byte_fallback", "ignore_merges"):
+    for key in ("byte_fallback", "ignore_merges", "unk_token", "fuse_unk"):
         yield honoured(TOKENIZER_MODEL, key, is_empty, effect=_AS_IN_FILE)
 
 
 def _tokenizer_config() -> Iterator[Setting]:
     """Nothing here reads this file: what transformers' tokenizer would do otherwise is said."""
-    yield from silent(
-        TOKENIZER_CONFIG, "chat_template", "model_max_length", "tokenizer_class", "auto_map", "name_or_path"
-    )
-    yield from silent(
-        TOKENIZER_CONFIG, "padding_side", "truncation_side", "processor_class", "use_fast", "legacy", "backend"
-    )
-    yield from silent(TOKENIZER_CONFIG, "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
-    yield from silent(TOKENIZER_CONFIG, "mask_token", "added_tokens_decoder", "additional_special_tokens")
-    yield from silent(
-        TOKENIZER_CONFIG,
-        "is_local",
-        "local_files_only",
-        "extra_special_tokens",
-        "model_input_names",
-        "model_specific_special_tokens",
-    )
+    yield from silent(TOKENIZER_CONFIG, *_TOKENIZER_CONFIG_INERT)
     for key in ("add_bos_token", "add_eos_token", "split_special_tokens", "tokenizer_file", "vocab_file"):
         yield ignored(TOKENIZER_CONFIG, key, False, effect=_CHAT)
     for key in ("add_prefix_space", "do_lower_case", "trim_offsets"):
@@ -262,6 +256,10 @@ def _preprocessor() -> Iterator[Setting]:
 
 def _is_full_attention(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(one == "full_attention" for one in value))
+
+
+def _is_nfc(value: Any) -> bool:
+    return bool(value == {"type": "NFC"})
 
 
 def _is_qwen2_pre_tokenizer(value: Any) -> bool:

@@ -174,6 +174,11 @@ TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst",
         ("tokenizer_config.json", at("additional_special_tokens", ["<tool_call>"]), "['<tool_call>']: not obeyed"),
         (
             "tokenizer_config.json",
+            at("unk_token", {"content": "</tool_call>"}),
+            "unk_token = ['</tool_call>']: not obeyed",
+        ),
+        (
+            "tokenizer_config.json",
             at("added_tokens_decoder", {"376": {"content": "<tool_call>", "special": True}}),
             "added_tokens_decoder = ['<tool_call>']",
         ),

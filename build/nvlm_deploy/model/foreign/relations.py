@@ -39,6 +39,16 @@ from nvlm_deploy.model.spec import (
 _IMAGE_TOKENS = ("image_token_index", "image_token_id", "img_context_token_id")
 # where transformers 5 keeps a tokenizer's template
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+# tokens that transformers leaves out of a text whatever tokenizer.json says of them
+_NAMED_SPECIAL = (
+    "additional_special_tokens",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "sep_token",
+    "cls_token",
+)
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -161,12 +171,12 @@ def _added_tokens(documents: Documents) -> Iterator[Finding]:
         if names:
             effect = "the tokenizer does as the file says; NVLM-D's own says so of none"
             yield Finding(Treatment.HONOURED, TOKENIZER, f"added_tokens.{flag}", shown(names), effect)
-    special = {token["content"] for token in added if token.get("special")}
-    shown_here = [name for name in _texts(documents, "additional_special_tokens") if name not in special]
-    if shown_here:
-        effect = "not obeyed: an answer shows them, since tokenizer.json does not call them special"
-        key = "additional_special_tokens"
-        yield Finding(Treatment.NEUTRALISED, TOKENIZER_CONFIG, key, shown(shown_here), effect)
+    ordinary = {token["content"] for token in added if not token.get("special")}
+    for key in _NAMED_SPECIAL:
+        names = [name for name in _texts(documents, key) if name in ordinary]
+        if names:
+            effect = "not obeyed: an answer shows them, since tokenizer.json does not call them special"
+            yield Finding(Treatment.NEUTRALISED, TOKENIZER_CONFIG, key, shown(names), effect)
     other = list(_decoded_otherwise(documents, {token["id"]: token for token in added}))
     if other:
         effect = "not obeyed: tokenizer.json says otherwise, and it alone is read"
@@ -174,8 +184,9 @@ def _added_tokens(documents: Documents) -> Iterator[Finding]:
 
 
 def _texts(documents: Documents, key: str) -> list[str]:
+    """The tokens of a key: one or a list, each a text or an object that holds it."""
     values = documents.value(TOKENIZER_CONFIG, key)
-    entries = values if isinstance(values, list) else []
+    entries = values if isinstance(values, list) else [values]
     texts = [entry.get("content") if isinstance(entry, Mapping) else entry for entry in entries]
     return [text for text in texts if isinstance(text, str)]
 

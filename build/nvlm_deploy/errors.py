@@ -17,10 +17,12 @@ class NvlmError(Exception):
 
     exit_code = 2
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        """`details` are for programs: they stand beside the error in the document that --json prints."""
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.details = details or {}
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"

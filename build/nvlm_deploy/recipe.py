@@ -12,6 +12,7 @@ from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, FP8_PER_CHANNEL, Layout, Parallelism
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.manifest import sha256_of_json
+from nvlm_deploy.model.foreign.settings import foreign_settings
 from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint
@@ -103,9 +104,12 @@ class Recipe:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """Facts of the checkpoint; every tensor's presence and shape is judged here, before a step starts."""
+        """Facts of the checkpoint; settings and every tensor's presence and shape are judged here, before a step."""
         spec = spec_from_checkpoint(self.checkpoint)
         require_tensors(self.checkpoint, spec)
+        settings = foreign_settings(self.checkpoint, spec)
+        settings.require_none_refused()
+        settings.warn()
         return spec
 
     @property

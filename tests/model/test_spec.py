@@ -11,7 +11,8 @@ import pytest
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import ModelSpec, spec_from_checkpoint, spec_from_config
 
-# facts nvlm-d.md section 1; keys whose literal values are not published are left out and must default right
+# facts nvlm-d.md section 1; vocab_size and rope_theta are Qwen2-72B-Instruct's; keys of the encoder's and the tiling's
+# whose literal values are not published are left out and must default right
 RELEASED_CONFIG: dict[str, Any] = {
     "architectures": ["NVLM_D"],
     "model_type": "NVLM_D",
@@ -29,6 +30,8 @@ RELEASED_CONFIG: dict[str, Any] = {
         "num_hidden_layers": 80,
         "num_key_value_heads": 8,
         "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152064,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },

@@ -92,11 +92,15 @@ SIZES += [
     )
 ]
 SIZES += [("config.json", key) for key in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch")]
+# transformers reads null in these two: as many heads as query heads, and the encoder's own image size
+NULLABLE = {("llm_config", "num_key_value_heads"), ("config.json", "force_image_size")}
 NONSENSE = [10**9, 10**12, 10**400, -1, 0, True, 2.5, 1e12, "80", None, [80]]
 
 
-@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: repr(value)[:8])
-@pytest.mark.parametrize(("section", "key"), SIZES, ids=".".join)
+CASES = [(*size, value) for size in SIZES for value in NONSENSE if value is not None or size not in NULLABLE]
+
+
+@pytest.mark.parametrize(("section", "key", "value"), CASES, ids=lambda value: repr(value)[:24])
 def test_a_size_that_no_model_has_is_refused_by_name(tmp_path, section, key, value):
     config = json.loads(json.dumps(NVLM_D_72B))
     (config if section == "config.json" else config[section])[key] = value
@@ -104,6 +108,23 @@ def test_a_size_that_no_model_has_is_refused_by_name(tmp_path, section, key, val
     with pytest.raises(NvlmError, match=rf"{section}\.{key} is .*(expected a|no such model)") as refusal:
         planned_model(tmp_path)
     assert len(refusal.value.message) < 160
+
+
+def test_null_says_as_much_as_in_transformers(tmp_path):
+    config = json.loads(json.dumps(NVLM_D_72B))
+    config["force_image_size"] = config["llm_config"]["num_key_value_heads"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = planned_model(tmp_path).spec
+    assert (spec.tiling.tile_size, spec.decoder.kv_heads) == (448, 64)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "num_key_value_heads"])
+def test_without_weights_a_missing_size_is_named_and_not_the_72b_models(tmp_path, key):
+    config = json.loads(json.dumps(NVLM_D_72B))
+    del config["llm_config"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NvlmError, match=rf"llm_config\.{key} is missing"):
+        planned_model(tmp_path)
 
 
 def test_a_number_that_no_float_holds_is_refused_by_name(tmp_path):

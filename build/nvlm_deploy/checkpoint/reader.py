@@ -22,6 +22,8 @@ SINGLE_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 # the format's own limit on a header (safetensors: MAX_HEADER_SIZE)
 _MAX_HEADER_BYTES = 100_000_000
+# MLX keeps torch's layout; transformers reads both alike
+_FORMATS = ("pt", "mlx")
 _CHUNK_BYTES = 1 << 24
 
 
@@ -44,7 +46,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     infos: Mapping[str, TensorInfo] = field(repr=False)
-    generation: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    generation: Mapping[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -62,12 +64,13 @@ class Checkpoint:
         infos = {info.name: info for shard in shards for info in read_header(folder / shard)}
         if index is not None:
             _require_tensors(folder, index, infos)
-        return cls(folder, config, infos, _optional_json(folder / GENERATION_NAME))
+        return cls(folder, config, infos, generation=optional_json(folder / GENERATION_NAME) or {})
 
     def added_token_id(self, content: str) -> int | None:
         """The id that tokenizer.json gives an added token such as `<|im_end|>`; None where it has none."""
-        added = _optional_json(self.folder / TOKENIZER_NAME).get("added_tokens") or []
-        ids = (token.get("id") for token in added if isinstance(token, dict) and token.get("content") == content)
+        added = (optional_json(self.folder / TOKENIZER_NAME) or {}).get("added_tokens")
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids = (token.get("id") for token in tokens if token.get("content") == content)
         return next((token for token in ids if isinstance(token, int)), None)
 
     @property
@@ -159,9 +162,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    """As `read_json`; an empty object for a file that is not there."""
-    return read_json(path) if path.exists() else {}
+def optional_json(path: Path) -> dict[str, Any] | None:
+    """As `read_json`; None for a file that is not there."""
+    return read_json(path) if path.exists() else None
 
 
 def read_header(shard: Path) -> list[TensorInfo]:
@@ -190,10 +193,20 @@ def _infos(header: bytes, shard: Path) -> list[TensorInfo]:
     """Offsets are counted from the end of the header."""
     try:
         entries = json.loads(header)
-        entries.pop("__metadata__", None)
+        _require_layout_of_torch(entries.pop("__metadata__", None), shard)
         return [_info(name, entry, shard) for name, entry in entries.items()]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as problem:
         raise _damaged(shard, problem) from problem
+
+
+def _require_layout_of_torch(metadata: Any, shard: Path) -> None:
+    """Weights of TensorFlow and Flax have their axes in another order; transformers converts them, we do not."""
+    written = metadata.get("format", _FORMATS[0]) if isinstance(metadata, dict) else _FORMATS[0]
+    if written not in _FORMATS:
+        raise NvlmError(
+            f"shard {shard.name} in {shard.parent}: its metadata says format {written!r}, expected {_FORMATS[0]!r}",
+            hint="save the checkpoint again with transformers and torch: `model.save_pretrained(FOLDER)`",
+        )
 
 
 def _info(name: str, entry: Mapping[str, Any], shard: Path) -> TensorInfo:
@@ -249,8 +262,12 @@ def _require_files(folder: Path, shards: Iterable[str]) -> None:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise NvlmError(
             f"{len(missing)} of {len(shards)} shards missing in {folder}: {listed}",
-            hint=f"fetch the missing files, then `nvlm inspect {folder}`",
+            hint=f"fetch the missing files{_and_tokenizer(folder)}, then `nvlm inspect {folder}`",
         )
+
+
+def _and_tokenizer(folder: Path) -> str:
+    return "" if (folder / TOKENIZER_NAME).is_file() else f" and {TOKENIZER_NAME}, which is missing too"
 
 
 def _require_tensors(folder: Path, index: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> None:

@@ -31,7 +31,7 @@ from nvlm_deploy.checkpoint.hf_layout import (
     HfUnit,
     require_layout,
 )
-from nvlm_deploy.checkpoint.reader import INDEX_NAME, Checkpoint
+from nvlm_deploy.checkpoint.reader import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from nvlm_deploy.checkpoint.resumable import TensorFiles, in_threads, tensor_files
 from nvlm_deploy.checkpoint.soundness import SoundChunks
 from nvlm_deploy.checkpoint.trtllm_layout import FP8, Layout
@@ -53,6 +53,7 @@ from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3
 from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.spec import ModelSpec
+from nvlm_deploy.model.tokenizer import text_without_leftovers
 from nvlm_deploy.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ CONFIG_NAME = "config.json"
 _COMPANION_SUFFIXES = (".json", ".py", ".txt", ".md", ".jinja", ".model", ".tiktoken")
 _COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _WRITTEN_ANEW = (CONFIG_NAME, INDEX_NAME, QUANT_CONFIG_NAME, MANIFEST_NAME)
-_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_TOKENIZERS = ((TOKENIZER_NAME,), ("vocab.json", "merges.txt"))
 
 
 def hf_checkpoint_from(
@@ -226,6 +227,10 @@ class HfExport:
     def _write_documents(self, folder: Path) -> None:
         """All but the weights."""
         for path in self.companions:
+            neutral = text_without_leftovers(path) if path.name == TOKENIZER_NAME else None
+            if neutral is not None:  # engines obey what training left over
+                write_text(folder / path.name, neutral)
+                continue
             shutil.copyfile(path, folder / path.name)
             if not filecmp.cmp(path, folder / path.name, shallow=False):
                 raise MachineError(f"{path.name} read back from {folder} differs", hint="check the disk")

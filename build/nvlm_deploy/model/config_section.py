@@ -33,12 +33,17 @@ class ConfigSection:
         """Whether a key is there with a value other than null, false, zero or empty."""
         return bool(self.values.get(key))
 
+    def is_null(self, key: str) -> bool:
+        """Whether a key is there and says nothing."""
+        return key in self.values and self.values[key] is None
+
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above zero; token ids may be zero."""
         value = self.values.get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
         if not is_number or (value <= 0 and not key.endswith("_id")):
-            raise NvlmError(f"{self.place}.{key} is {_shown(value)}, expected a positive number")
+            found = _shown(value) if key in self.values else "missing"
+            raise NvlmError(f"{self.place}.{key} is {found}, expected a positive number")
         return float(value) if isinstance(value, float) else int(value)
 
     def integer(self, key: str, default: int | None = None, *, most: int = MOST_OF_ANYTHING) -> int:

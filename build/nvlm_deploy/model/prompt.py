@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import IM_END, IM_START, VISION_PAD, ModelSpec
+from nvlm_deploy.model.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -111,7 +112,7 @@ class PromptBuilder:
         """
         if wrapper not in get_args(Wrapper):
             raise NvlmError(f"no prompt wrapper {wrapper!r}; there are {', '.join(get_args(Wrapper))}")
-        self.tokenizer = _open_tokenizer(tokenizer_file)
+        self.tokenizer = open_tokenizer(tokenizer_file)
         self.plain = without_added_tokens(self.tokenizer)
         self.tokens_per_tile = spec.tiling.tokens_per_tile
         self.vocab_size = spec.decoder.vocab_size
@@ -132,10 +133,19 @@ class PromptBuilder:
         if end not in spec.prompt.eos_token_ids:
             ends = ", ".join(map(str, spec.prompt.eos_token_ids))
             raise NvlmError(f"tokenizer.json has {IM_END} as id {end}, the checkpoint's eos_token_id is {ends}")
-        if self.tokenizer.get_vocab_size() > spec.decoder.vocab_size:
-            raise NvlmError(
-                f"tokenizer.json has {self.tokenizer.get_vocab_size()} tokens, the model {spec.decoder.vocab_size}"
-            )
+        self._require_whole_marks()
+
+    def _require_whole_marks(self) -> None:
+        """Each mark of a prompt must stay one token, whatever the tokenizer's file says of spaces and words around."""
+        text = self.text("?", [1])
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        for mark in (IM_START, IM_END, VISION_PAD):
+            found = ids.count(_special_id(self.tokenizer, mark, Path("tokenizer.json")))
+            if found != text.count(mark):
+                raise NvlmError(
+                    f"tokenizer.json makes {found} tokens {mark} of a prompt that has {text.count(mark)}",
+                    hint="fetch the tokenizer files of the checkpoint again; `nvlm inspect` lists what they change",
+                )
 
     def parts(self, question: str, tiles_per_image: Sequence[int] = ()) -> list[Part]:
         """Return the whole prompt; `tiles_per_image` counts thumbnails."""
@@ -234,17 +244,6 @@ def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
     return Tokenizer.from_str(json.dumps(content))
-
-
-def _open_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        raise NvlmError(f"no tokenizer.json at {path}", hint="fetch the tokenizer files of the checkpoint")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as problem:  # the Rust side raises plain Exception
-        raise NvlmError(f"{path} is not a readable tokenizer.json: {problem}") from problem
 
 
 def _special_id(tokenizer: Tokenizer, token: str, path: Path) -> int:

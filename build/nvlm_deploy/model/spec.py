@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.config_section import ConfigSection
 from nvlm_deploy.model.ends import end_ids, pad_id, settings_of_generation
+from nvlm_deploy.model.foreign.setting import Documents, findings_of, require_none_refused
+from nvlm_deploy.model.foreign.table import TABLE
 
 # Qwen2.5's tokenizer, which the released checkpoint carries (facts nvlm-d.md section 5)
 VISION_PAD = "<|vision_pad|>"
@@ -32,6 +34,12 @@ MOST_TILES = 128
 MOST_TOKENS = 100_000_000
 
 QKV_NAME = "vision_model.encoder.layers.0.attn.qkv.weight"
+EMBEDDINGS_NAME = "language_model.model.embed_tokens.weight"
+KEYS_NAME = "language_model.model.layers.0.self_attn.k_proj.weight"
+
+ROPE_PLACES = ("rope_scaling", "rope_parameters")
+# transformers' default for Qwen2, and not the released model's 1,000,000
+DEFAULT_ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -149,21 +157,27 @@ class HasHeaders(Protocol):
 
 
 def spec_from_checkpoint(checkpoint: HasHeaders) -> ModelSpec:
-    """The spec of an opened checkpoint; the padded head count is read from the weights, as the config omits it.
+    """The spec of an opened checkpoint; what its config omits is read from the weights, as the padded head count.
 
-    Raises NvlmError for a checkpoint of another model or a config that contradicts itself.
+    Raises NvlmError for a checkpoint of another model, a setting that is not supported, or a config that contradicts
+    itself.
     """
-    _require_nvlm(ConfigSection(checkpoint.config))
+    require_nvlm(checkpoint.config)
     heads, hidden = _heads_and_width(ConfigSection(checkpoint.config).section("vision_config"))
-    spec = spec_from_config(checkpoint.config, padded_heads=_padded_heads(checkpoint.shape(QKV_NAME), hidden, heads))
+    padded_heads = _padded_heads(checkpoint.shape(QKV_NAME), hidden, heads)
+    spec = spec_from_config(_with_sizes_of_weights(checkpoint), padded_heads=padded_heads)
     turn_end, vocab_size = checkpoint.added_token_id(IM_END), spec.decoder.vocab_size
     return replace(spec, prompt=_prompt_spec(checkpoint.config, checkpoint.generation, vocab_size, turn_end))
 
 
 def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = None) -> ModelSpec:
-    """The spec by config.json alone; without `padded_heads` the released rule holds (7 dummy heads, 25 -> 32)."""
+    """The spec by config.json alone; without `padded_heads` the released rule holds (7 dummy heads, 25 -> 32).
+
+    Raises NvlmError as `spec_from_checkpoint`, and for a missing size that only the weights tell.
+    """
     top = ConfigSection(config)
-    _require_nvlm(top)
+    require_nvlm(config)
+    require_none_refused(findings_of(TABLE, Documents.of_config(config)))
     llm = top.section("llm_config")
     vision = _vision_spec(top.section("vision_config"), padded_heads)
     decoder = _decoder_spec(llm)
@@ -174,22 +188,31 @@ def spec_from_config(config: Mapping[str, Any], *, padded_heads: int | None = No
     )
 
 
-def _require_nvlm(top: ConfigSection) -> None:
-    """The release says NVLM_D at the top and, wrongly, model_type `llama` for its Qwen2 decoder (trap 4)."""
-    architectures = top.values.get("architectures", "missing")
+def require_nvlm(config: Mapping[str, Any]) -> None:
+    """Raises NvlmError for a config.json of another model.
+
+    The release says NVLM_D at the top and, wrongly, model_type `llama` for its Qwen2 decoder (trap 4).
+    """
+    architectures = config.get("architectures", "missing")
     if architectures != ["NVLM_D"]:
         raise NvlmError(
             f"config.json: architectures is {architectures}, not ['NVLM_D']: another model",
             hint="point at the folder of NVLM-D-72B (or one of its layout); `nvlm inspect FOLDER` prints what it holds",
         )
-    decoder = top.section("llm_config").values.get("architectures", "missing")
+    decoder = ConfigSection(config).section("llm_config").values.get("architectures", "missing")
     if decoder != ["Qwen2ForCausalLM"]:
         raise NvlmError(f"config.json: llm_config.architectures is {decoder}, expected ['Qwen2ForCausalLM']")
-    if top.has("quantization_config"):
-        raise NvlmError(
-            "config.json has a quantization_config: these weights are quantised already",
-            hint="start from the unquantised BF16 checkpoint",
-        )
+
+
+def _with_sizes_of_weights(checkpoint: HasHeaders) -> Mapping[str, Any]:
+    """config.json, with the sizes that it leaves out counted in the weights; transformers' defaults are of no model."""
+    llm = dict(ConfigSection(checkpoint.config).section("llm_config").values)
+    heads, hidden = _heads_and_width(ConfigSection(llm, "llm_config"))
+    if "vocab_size" not in llm:
+        llm["vocab_size"] = checkpoint.shape(EMBEDDINGS_NAME)[0]
+    if "num_key_value_heads" not in llm:
+        llm["num_key_value_heads"] = checkpoint.shape(KEYS_NAME)[0] // max(1, hidden // heads)
+    return {**checkpoint.config, "llm_config": llm}
 
 
 def _heads_and_width(section: ConfigSection) -> tuple[int, int]:
@@ -202,11 +225,6 @@ def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec
     patch_size = section.integer("patch_size", most=MOST_PIXELS)
     _require_divides(hidden, heads, "vision_config.hidden_size", "num_attention_heads")
     _require_divides(image_size, patch_size, "vision_config.image_size", "patch_size")
-    section.require("qk_normalization", True, "InternViT-6B-V1-5 normalises q and k")
-    section.require("qkv_bias", False, "InternViT-6B-V1-5 has no bias on qkv")
-    section.require("norm_type", "rms_norm", "InternViT-6B-V1-5 has no other")
-    section.require("hidden_act", "gelu", "InternViT-6B-V1-5 has the exact GELU")
-    section.require("num_channels", 3, "tiles are RGB")
     return VisionSpec(
         hidden_size=hidden,
         intermediate_size=section.integer("intermediate_size", most=MOST_WIDTH),
@@ -220,18 +238,16 @@ def _vision_spec(section: ConfigSection, padded_heads: int | None) -> VisionSpec
 
 
 def _decoder_spec(section: ConfigSection) -> DecoderSpec:
-    """Keys the release leaves to the Qwen2 defaults get Qwen2-72B-Instruct's values (facts nvlm-d.md section 1)."""
+    """Keys that are missing have transformers' defaults for Qwen2, but no size has one: weights would not fit it."""
     heads, hidden = _heads_and_width(section)
     _require_divides(hidden, heads, "llm_config.hidden_size", "num_attention_heads")
-    kv_heads = section.integer("num_key_value_heads", heads, most=MOST_HEADS)
+    _require_divides(hidden // heads, 2, "the decoder's head size", "the pairs of channels that RoPE rotates,")
+    null = section.is_null("num_key_value_heads")
+    kv_heads = heads if null else section.integer("num_key_value_heads", most=MOST_HEADS)
     _require_divides(heads, kv_heads, "llm_config.num_attention_heads", "num_key_value_heads")
-    section.require("tie_word_embeddings", False, "NVLM-D has an output head of its own")
-    section.require("hidden_act", "silu", "Qwen2 has SwiGLU")
-    section.require("mlp_bias", False, "Qwen2 has biases on q, k and v only")
-    section.require("use_sliding_window", False, "every layer attends to all tokens before")
     section.require("head_dim", hidden // heads, "heads share hidden_size equally")
     return DecoderSpec(
-        vocab_size=section.integer("vocab_size", 152064, most=MOST_TOKENS),
+        vocab_size=section.integer("vocab_size", most=MOST_TOKENS),
         hidden_size=hidden,
         intermediate_size=section.integer("intermediate_size", most=MOST_WIDTH),
         layers=section.integer("num_hidden_layers", most=MOST_LAYERS),
@@ -244,23 +260,25 @@ def _decoder_spec(section: ConfigSection) -> DecoderSpec:
 
 
 def _rotary_base(section: ConfigSection) -> float:
-    """transformers 4 writes `rope_theta`; transformers 5 moved it into `rope_parameters`."""
-    if section.has("rope_parameters"):
-        parameters = section.section("rope_parameters")
-        parameters.require("rope_type", "default", "only plain RoPE is supported")
-        return parameters.number("rope_theta", 1_000_000.0)
-    if section.has("rope_scaling"):
-        raise NvlmError(f"llm_config.rope_scaling is {section.values['rope_scaling']}: only plain RoPE is supported")
-    return section.number("rope_theta", 1_000_000.0)
+    """As transformers reads it: `rope_scaling`, else `rope_parameters`, holds the base, else `rope_theta` does.
+
+    transformers 4 writes `rope_theta`, transformers 5 `rope_parameters` (modeling_rope_utils.py).
+    """
+    place = next((key for key in ROPE_PLACES if section.has(key)), None)
+    parameters = ConfigSection({}) if place is None else section.section(place)
+    kind = parameters.values.get("rope_type") or parameters.values.get("type") or "default"
+    by_layer = [key for key, value in parameters.values.items() if isinstance(value, Mapping)]
+    if kind != "default" or by_layer:
+        said = f"rope_type is {kind!r}" if kind != "default" else f"{by_layer[0]} has parameters of its own"
+        raise NvlmError(f"llm_config.{place}: {said}; only plain RoPE, the same in every layer, is supported")
+    return (parameters if parameters.has("rope_theta") else section).number("rope_theta", DEFAULT_ROTARY_BASE)
 
 
 def _tiling_spec(top: ConfigSection, vision: VisionSpec) -> TilingSpec:
-    top.require("ps_version", "v2", "NVLM-D is trained with it; v1 transposes the grid")
-    top.require("select_layer", -1, "the projector reads the last layer")
-    top.require("downsample_ratio", 0.5, "four patches become one token")
+    null = top.is_null("force_image_size")  # the default of the model's own code
     most_tiles = top.integer("max_dynamic_patch", 6, most=MOST_TILES)
     tiling = TilingSpec(
-        tile_size=top.integer("force_image_size", vision.image_size, most=MOST_PIXELS),
+        tile_size=vision.image_size if null else top.integer("force_image_size", vision.image_size, most=MOST_PIXELS),
         min_tiles=top.integer("min_dynamic_patch", 1, most=MOST_TILES),
         max_tiles=most_tiles if top.flag("dynamic_image_size", True) else 1,
         use_thumbnail=top.flag("use_thumbnail", True),

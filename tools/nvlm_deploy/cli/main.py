@@ -93,7 +93,7 @@ def _failed(problem: NvlmError, *, as_json: bool) -> int:
     with contextlib.suppress(OSError):
         if as_json:
             error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
-            print(json.dumps({"error": error}), flush=True)
+            print(json.dumps({**problem.details, "error": error}), flush=True)
     return problem.exit_code
 
 

@@ -9,11 +9,18 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.image_file.limits import ImageLimits
+from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.serving.request import Ask, Limits, RequestPreparer, Sampling
 from nvlm_deploy.serving.word_list import unpacked_words
 
-LIMITS = Limits(max_seq_len=512, max_images=4, default_max_tokens=32, max_pixels=10_000)
+LIMITS = Limits(
+    max_seq_len=512,
+    max_images=4,
+    default_max_tokens=32,
+    images=ImageReading(limits=ImageLimits(max_image_pixels=10_000)),
+)
 
 
 @pytest.fixture(scope="module")

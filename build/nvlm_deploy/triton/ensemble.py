@@ -34,7 +34,7 @@ def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str)
         "max_seq_len": choices.max_seq_len,
         "max_images": choices.max_images,
         "default_max_tokens": choices.default_max_tokens,
-        "max_pixels": choices.max_pixels,
+        **choices.images.parameters(),
         "prompt_wrapper": choices.prompt_wrapper,
         "vision_digest": vision_digest,
         "threads": choices.preprocessing_threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from nvlm_deploy import tensors
+from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder, Wrapper
 from nvlm_deploy.serving import backend
 from nvlm_deploy.serving.request import Ask, Limits, RequestPreparer, Sampling
@@ -25,7 +26,7 @@ class TritonPythonModel:
             max_seq_len=settings.integer("max_seq_len"),
             max_images=settings.integer("max_images"),
             default_max_tokens=settings.integer("default_max_tokens"),
-            max_pixels=settings.integer("max_pixels"),
+            images=ImageReading.from_parameters(settings.text, settings.integer),
         )
         self.preparer = RequestPreparer(
             prompts, spec, limits, vision_digest=settings.text("vision_digest"), threads=settings.integer("threads")

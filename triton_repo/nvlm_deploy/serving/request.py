@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.image_file.opening import AS_VIEWED
+from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import IMAGE_PLACEHOLDER, PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec
@@ -75,7 +77,7 @@ class Limits:
     max_seq_len: int
     max_images: int
     default_max_tokens: int
-    max_pixels: int
+    images: ImageReading = AS_VIEWED
 
 
 class RequestPreparer:
@@ -92,7 +94,7 @@ class RequestPreparer:
         self.spec = spec
         self.limits = limits
         self.vision_digest = vision_digest
-        self.tiler = ImageTiler(spec.tiling, threads=threads, max_pixels=limits.max_pixels)
+        self.tiler = ImageTiler(spec.tiling, threads=threads, reading=limits.images)
 
     def close(self) -> None:
         """End its threads."""

@@ -1,0 +1,87 @@
+"""An image that came as text: base64 or a data URL, as in JSON."""
+
+from __future__ import annotations
+
+import binascii
+import re
+
+from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.image_file.kinds import kind_of, other_name
+from nvlm_deploy.model.image_file.limits import ImageLimits
+
+_SPACE = b" \t\r\n\v\f"
+_URL = re.compile(rb"\s*([A-Za-z][A-Za-z0-9+.-]{0,31})://")
+_DATA = re.compile(rb"(?i)\s*data:([^,]{0,1024}),", re.DOTALL)
+_IS_DATA = re.compile(rb"(?i)\s*data:")
+_OUTSIDE_ALPHABET = re.compile(rb"[^A-Za-z0-9+/_=\s-]")
+_ALPHABET = re.compile(rb"[A-Za-z0-9+/_-]{8}")
+_ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
+# what a URL escapes of base64, and what line breaks become
+_ESCAPES = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%20": b"", b"%09": b""}
+_HINT = "send the file's bytes as they are, in base64, or as data:image/png;base64,..."
+# characters of white space or escapes that are tolerated for each character of base64
+_TOLERATED = 3
+
+
+def file_of(element: bytes, limits: ImageLimits) -> bytes:
+    """Return the bytes of an image file that was sent as they are, in base64, or as a data URL.
+
+    What begins as an image file is one: raw bytes win over text that they might be. A media type that the client
+    declares is ignored. Raises NvlmError for broken base64, a URL that would have to be fetched, and too many bytes,
+    which are counted before anything is decoded.
+    """
+    if kind_of(element) is not None:
+        limits.require_bytes(len(element))
+        return element
+    if len(element) > _TOLERATED * _characters(limits.max_image_bytes):
+        limits.require_bytes(len(element))
+    if _IS_DATA.match(element):
+        return _decoded(_data(element), limits)
+    if url := _URL.match(element):
+        scheme = url[1].decode().lower()
+        raise NvlmError(f"the image is a {scheme}:// URL; nothing is fetched", hint=_HINT)
+    if other_name(element) is None and _looks_like_base64(element):
+        return _decoded(element, limits)
+    limits.require_bytes(len(element))
+    return element
+
+
+def _characters(size: int) -> int:
+    """Base64 of a size, padded."""
+    return 4 * (size // 3 + 1)
+
+
+def _looks_like_base64(element: bytes) -> bool:
+    return _ALPHABET.match(element[:256].translate(None, _SPACE)) is not None
+
+
+def _data(element: bytes) -> bytes:
+    """The base64 of a data URL."""
+    header = _DATA.match(element)
+    if header is None:
+        raise NvlmError("the image is a data URL without a comma before its data", hint=_HINT)
+    if header[1].split(b";")[-1].strip().lower() != b"base64":
+        raise NvlmError("the image is a data URL that is not in base64", hint=_HINT)
+    text = element[header.end() :]
+    if b"%" in text:
+        for escape, plain in _ESCAPES.items():
+            text = text.replace(escape, plain).replace(escape.lower(), plain)
+    return text
+
+
+def _decoded(text: bytes, limits: ImageLimits) -> bytes:
+    """Decode base64 of either alphabet, whose padding may be left out, after judging how many bytes it has."""
+    compact = text.translate(_ONE_ALPHABET, _SPACE)
+    characters = compact.rstrip(b"=")
+    limits.require_bytes(len(characters) * 3 // 4)
+    if wrong := _OUTSIDE_ALPHABET.search(text):
+        raise _broken(f"{wrong[0].decode('latin-1')!r} at position {wrong.start() + 1:,} is not of its alphabet")
+    if b"=" in characters:
+        raise _broken(f"'=' at position {text.index(b'=') + 1:,} is not at its end")
+    if len(characters) % 4 == 1:
+        raise _broken(f"{len(characters):,} characters, which is one more than a multiple of 4")
+    return binascii.a2b_base64(characters + b"=" * (-len(characters) % 4))
+
+
+def _broken(what: str) -> NvlmError:
+    return NvlmError(f"the image is broken base64: {what}", hint=_HINT)

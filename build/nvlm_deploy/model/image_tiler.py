@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.memory import release_memory
+from nvlm_deploy.model.image_file.memory import return_large_blocks
 from nvlm_deploy.model.image_file.opening import AS_VIEWED, decoded, judged_size, shown_size, structure_of
 from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.model.image_file.structure import ImageStructure
@@ -45,6 +45,7 @@ class ImageTiler:
         self.tiling = tiling
         self.threads = threads
         self.reading = reading
+        return_large_blocks()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
 
     def close(self) -> None:
@@ -61,10 +62,7 @@ class ImageTiler:
         counts = [tile_count(*shown_size(structure, self.reading), self.tiling) for structure in structures]
         tiles = room_for(sum(counts), self.tiling)
         parts = np.split(tiles, np.cumsum(counts, dtype=int))[:-1]
-        try:
-            self._write_all([_Job(*job) for job in zip(_names(images), structures, parts, strict=True)])
-        finally:
-            release_memory(sum(width * height for width, height in (structure.size for structure in structures)))
+        self._write_all([_Job(*job) for job in zip(_names(images), structures, parts, strict=True)])
         return tiles, counts
 
     def _judged(self, images: Sequence[bytes]) -> list[ImageStructure]:

@@ -1,30 +1,28 @@
-"""Memory that a large request used goes back to the machine."""
+"""Memory that a large picture used goes back to the machine when the picture is done."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 
-# below this, the next request soon takes the memory again, and giving it back costs page faults
-LARGE_REQUEST_PIXELS = 16_000_000
+from nvlm_deploy.model.image_file.limits import MEBIBYTE
 
-
-def release_memory(pixels: int) -> None:
-    """Give free memory back after a request of many pixels.
-
-    Pillow's blocks of 16 MB are above glibc's first threshold for mmap, but that threshold grows to the largest block
-    ever freed, up to 32 MB. From then on such blocks stay in the heaps of the threads.
-    """
-    trim = _malloc_trim()
-    if pixels > LARGE_REQUEST_PIXELS and trim is not None:
-        trim(0)
+# M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# Pillow holds a picture in blocks of 16 MB; the tiles of a picture, which every request needs, have 4 MB
+_LARGE_BLOCK = 8 * MEBIBYTE
+_MOST_FREE = 16 * MEBIBYTE
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`; None where the C library has no such function."""
+def return_large_blocks() -> bool:
+    """Have glibc give back every large block at once when it is freed. Return False where the C library cannot.
+
+    By default glibc keeps blocks as large as any that was ever freed, up to 32 MB, in the heaps of the threads. Then
+    `malloc_trim` does not help either: it leaves the top of every thread's heap as it is, and 40 MB stayed there.
+    """
     try:
-        return ctypes.CDLL(None).malloc_trim
+        mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
-        return None
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK) and mallopt(_TRIM_THRESHOLD, _MOST_FREE))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import binascii
 import re
+import string
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.image_file.kinds import kind_of, other_name
 from nvlm_deploy.model.image_file.limits import ImageLimits
 
 _SPACE = b" \t\r\n\v\f"
-_URL = re.compile(rb"\s*([A-Za-z][A-Za-z0-9+.-]{0,31})://")
-_DATA = re.compile(rb"(?i)\s*data:([^,]{0,1024}),", re.DOTALL)
-_IS_DATA = re.compile(rb"(?i)\s*data:")
+_LETTERS = string.ascii_letters.encode() + string.digits.encode() + b"+/-_"
+# what is looked at before anything is known
+_HEAD = 1024
+_URL = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]{0,31})://")
+_DATA = re.compile(rb"(?i)\s*data:([^,]*),")
+_IS_DATA = re.compile(rb"(?i)data:")
 _OUTSIDE_ALPHABET = re.compile(rb"[^A-Za-z0-9+/_=\s-]")
 _ALPHABET = re.compile(rb"[A-Za-z0-9+/_-]{8}")
 _ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -35,12 +39,13 @@ def file_of(element: bytes, limits: ImageLimits) -> bytes:
         return element
     if len(element) > _TOLERATED * _characters(limits.max_image_bytes):
         limits.require_bytes(len(element))
-    if _IS_DATA.match(element):
+    head = element[:_HEAD].lstrip()
+    if _IS_DATA.match(head):
         return _decoded(_data(element), limits)
-    if url := _URL.match(element):
+    if url := _URL.match(head):
         scheme = url[1].decode().lower()
         raise NvlmError(f"the image is a {scheme}:// URL; nothing is fetched", hint=_HINT)
-    if other_name(element) is None and _looks_like_base64(element):
+    if other_name(element) is None and _ALPHABET.match(head.translate(None, _SPACE)):
         return _decoded(element, limits)
     limits.require_bytes(len(element))
     return element
@@ -51,13 +56,9 @@ def _characters(size: int) -> int:
     return 4 * (size // 3 + 1)
 
 
-def _looks_like_base64(element: bytes) -> bool:
-    return _ALPHABET.match(element[:256].translate(None, _SPACE)) is not None
-
-
 def _data(element: bytes) -> bytes:
     """The base64 of a data URL."""
-    header = _DATA.match(element)
+    header = _DATA.match(element[:_HEAD])
     if header is None:
         raise NvlmError("the image is a data URL without a comma before its data", hint=_HINT)
     if header[1].split(b";")[-1].strip().lower() != b"base64":
@@ -74,7 +75,9 @@ def _decoded(text: bytes, limits: ImageLimits) -> bytes:
     compact = text.translate(_ONE_ALPHABET, _SPACE)
     characters = compact.rstrip(b"=")
     limits.require_bytes(len(characters) * 3 // 4)
-    if wrong := _OUTSIDE_ALPHABET.search(text):
+    if characters.translate(None, _LETTERS + b"="):
+        wrong = _OUTSIDE_ALPHABET.search(text)
+        assert wrong is not None
         raise _broken(f"{wrong[0].decode('latin-1')!r} at position {wrong.start() + 1:,} is not of its alphabet")
     if b"=" in characters:
         raise _broken(f"'=' at position {text.index(b'=') + 1:,} is not at its end")

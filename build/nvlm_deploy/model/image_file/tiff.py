@@ -53,8 +53,6 @@ class _Tag:
         size = _WIDTHS[self.kind] * self.count
         place = struct.unpack_from(f"{order}I", self.entry, 8)[0]
         content = self.entry[8 : 8 + size] if size <= 4 else encoded[place : place + size]
-        if len(content) < size:
-            raise truncated(KIND)
         return struct.unpack(f"{order}{self.count}{_LETTERS[self.kind]}", content)
 
 
@@ -76,6 +74,10 @@ class _Directory:
         found = self.tags.get(tag)
         return found.count if found else 0
 
+    def _require_inside(self, entry: bytes, size: int) -> None:
+        if size > 4 and struct.unpack_from(f"{self.order}I", entry, 8)[0] + size > len(self.encoded):
+            raise truncated(KIND)
+
     def _read(self) -> Mapping[int, _Tag]:
         tags: dict[int, _Tag] = {}
         try:
@@ -92,6 +94,7 @@ class _Directory:
                 raise NvlmError("a camera's raw file (DNG)", hint="save it as JPEG or PNG")
             if tag in _MOST_VALUES:
                 _require_sound(tag, kind, count)
+                self._require_inside(entry, _WIDTHS[kind] * count)
                 tags.setdefault(tag, _Tag(kind, count, entry))
             elif tag == ORIENTATION_TAG and kind in _WIDTHS and count == 1:
                 tags.setdefault(tag, _Tag(kind, count, entry))

@@ -18,6 +18,7 @@ from nvlm_deploy.model.image_file.opening import open_image
 from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
+from nvlm_deploy.sample_embeddings import tiles_of_file
 
 SMALL = TilingSpec(tile_size=56, min_tiles=1, max_tiles=6, use_thumbnail=True, tokens_per_tile=4)
 REFERENCE = ImageReading("reference")
@@ -253,6 +254,15 @@ def test_the_first_frame_of_an_animation_is_shown(format_name):
     options = {"lossless": True} if format_name == "WEBP" else {}
     found = pixels(saved(frames[0], format_name, save_all=True, append_images=frames[1:], **options))
     assert np.array_equal(found, np.broadcast_to([255, 0, 0], (20, 30, 3)))
+
+
+def test_calibration_and_the_server_see_the_same_pixels(tmp_path):
+    turned = saved(Image.fromarray(np.dstack([COLOURS, ALPHA])), exif=exif(6))
+    (tmp_path / "turned.png").write_bytes(turned)
+    for reading in (ImageReading(), ImageReading(background="black"), REFERENCE):
+        tiler = ImageTiler(SMALL, reading=reading)
+        assert np.array_equal(tiles_of_file(tmp_path / "turned.png", SMALL, reading), tiler.tiles([turned])[0])
+        tiler.close()
 
 
 def test_the_hidden_digits_of_an_alpha_plane_are_seen():

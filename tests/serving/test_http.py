@@ -106,7 +106,8 @@ def test_a_phone_photograph_fits_in_a_request(ask, tmp_path):
 
 def test_a_body_of_64_megabytes_is_refused_and_not_the_end_of_the_server(ask, tmp_path):
     """Triton copies a body onto a thread's stack: at its usual 8 MB the server died of signal 11."""
-    (tmp_path / "body.json").write_text(json.dumps({"text_input": QUESTION, "image": "A" * 64_000_000, "stream": False}))
+    document = {"text_input": QUESTION, "image": "A" * 64_000_000, "stream": False}
+    (tmp_path / "body.json").write_text(json.dumps(document))
     script = f'curl -sN "$URL/v2/models/nvlm/generate" -d "@{tmp_path}/body.json"'
     assert "the image has 48,000,000 bytes, the limit is 33,554,432" in error_of(ask(script))
     assert "text_output" in ask(body())[0]

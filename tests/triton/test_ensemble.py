@@ -8,6 +8,8 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.model.image_file.limits import ImageLimits
+from nvlm_deploy.model.image_file.reading import ImageReading
 from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.decoder import DECODER
 from nvlm_deploy.triton.ensemble import ENSEMBLE, POSTPROCESSING, PREPROCESSING, VISION, ensemble_configs
@@ -60,6 +62,14 @@ def test_preprocessing_has_threads_of_its_own_number(tiny_spec) -> None:
     configs = {config.name: config for config in ensemble_configs(tiny_spec, choices, vision_digest="0" * 64)}
     assert dict(configs[PREPROCESSING].parameters)["threads"] == "6"
     assert dict(configs[VISION].parameters)["threads"] == "1"
+
+
+def test_preprocessing_reads_images_as_the_profile_chose(tiny_spec) -> None:
+    reading = ImageReading("reference", "#102030", ImageLimits(5, 6, 7))
+    made = ensemble_configs(tiny_spec, ServingChoices(images=reading), vision_digest="0" * 64)
+    parameters = dict(next(config for config in made if config.name == PREPROCESSING).parameters)
+    found = ImageReading.from_parameters(lambda key: parameters[key], lambda key: int(parameters[key]))
+    assert found == reading
 
 
 def test_no_parameter_holds_a_path(configs) -> None:

@@ -417,6 +417,16 @@ def riff(*chunks: tuple[bytes, bytes]) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
+def test_a_webp_whose_first_frame_is_smaller_than_its_canvas_has_white_around_it():
+    frame = saved(Image.new("RGB", (10, 8), (200, 30, 40)), "WEBP", lossless=True)[12:]
+    header = b"\x02\0\0\0" + (29).to_bytes(3, "little") + (19).to_bytes(3, "little")
+    place = b"".join(number.to_bytes(3, "little") for number in (2, 3, 9, 7, 100)) + b"\0"
+    animation = riff((b"VP8X", header), (b"ANIM", b"\0" * 6), (b"ANMF", place + frame), (b"ANMF", place + frame))
+    expected = np.full((20, 30, 3), 255)
+    expected[6:14, 4:14] = (200, 30, 40)
+    assert np.array_equal(pixels(animation), expected)
+
+
 @pytest.mark.parametrize("name", [b"EXIF", b"XMP ", b"ICCP", b"abcd"])
 def test_broken_metadata_of_a_webp_decides_nothing(name):
     plain = saved(Image.fromarray(COLOURS), "WEBP", lossless=True)

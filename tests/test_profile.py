@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.profile import load_profile, profile_folder, profile_names
 from nvlm_deploy.recipe import Recipe
 

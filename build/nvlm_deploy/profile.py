@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nvlm_deploy.errors import NvlmError, unknown_name
-from nvlm_deploy.model.image_file.limits import MOST_PIXELS, ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading, View, colour_of
+from nvlm_deploy.image_file.limits import MOST_PIXELS, ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading, View, colour_of
 
 # more of anything is a slip of the finger
 _MOST = 1_000_000_000
@@ -80,7 +80,7 @@ class ServingChoice(_Section):
     """What a request may ask for, and how its images are read.
 
     `wrapper` is the chat turn around the question (model/prompt.py). `images` and the limits of an image file are
-    explained in model/image_file/reading.py and limits.py.
+    explained in image_file/reading.py and limits.py.
     """
 
     wrapper: Literal["chat", "chat_template", "raw"] = "chat"

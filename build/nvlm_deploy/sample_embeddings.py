@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nvlm_deploy.artifacts import replace_file
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.opening import AS_VIEWED, open_image
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.opening import AS_VIEWED, open_image
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, TilingSpec
 from nvlm_deploy.model.tiling import tiles_from_image

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading
-from nvlm_deploy.model.image_file.text import file_of
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.image_file.text import file_of
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.opening import open_image
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.opening import open_image
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.sample_embeddings import tiles_of_file

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.opening import open_image
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.opening import open_image
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.model.tiling import tiles_from_image
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.image_file.structure import ImageStructure
 from nvlm_deploy.model import image_tiler
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading
-from nvlm_deploy.model.image_file.structure import ImageStructure
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.model.tiling import candidate_grids, choose_grid, tile_count, tiles_from_image

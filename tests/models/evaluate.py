@@ -21,8 +21,8 @@ import torch
 from batches import with_tag_order
 from digits import TASKS, Sample, samples
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.image_file.opening import open_image
 from nvlm_deploy.model.decoder import decoder_from_checkpoint
-from nvlm_deploy.model.image_file.opening import open_image
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import spec_from_checkpoint
 from nvlm_deploy.model.tiling import tiles_from_image

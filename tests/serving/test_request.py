@@ -9,8 +9,8 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.serving.request import Ask, Limits, RequestPreparer, Sampling
 from nvlm_deploy.serving.word_list import unpacked_words

@@ -8,8 +8,8 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.decoder import DECODER
 from nvlm_deploy.triton.ensemble import ENSEMBLE, POSTPROCESSING, PREPROCESSING, VISION, ensemble_configs

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.memory import return_large_blocks
-from nvlm_deploy.model.image_file.opening import AS_VIEWED, decoded, judged_size, shown_size, structure_of
-from nvlm_deploy.model.image_file.reading import ImageReading
-from nvlm_deploy.model.image_file.structure import ImageStructure
-from nvlm_deploy.model.image_file.text import file_of
+from nvlm_deploy.image_file.memory import return_large_blocks
+from nvlm_deploy.image_file.opening import AS_VIEWED, decoded, judged_size, shown_size, structure_of
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.image_file.structure import ImageStructure
+from nvlm_deploy.image_file.text import file_of
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.model.tiling import room_for, tile_count, write_grid, write_thumbnail, write_tiles
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.opening import judged_size, open_image, shown_size, structure_of
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.opening import judged_size, open_image, shown_size, structure_of
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, VISION_PAD, ModelSpec
 from nvlm_deploy.model.tiling import tile_count

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.fingerprint import built_here
-from nvlm_deploy.model.image_file.opening import AS_VIEWED
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.opening import AS_VIEWED
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.profile import Profile

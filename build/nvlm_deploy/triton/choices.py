@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_deploy.model.image_file.opening import AS_VIEWED
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.opening import AS_VIEWED
+from nvlm_deploy.image_file.reading import ImageReading
 
 
 @dataclass(frozen=True)

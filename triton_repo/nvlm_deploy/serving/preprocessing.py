@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from nvlm_deploy import tensors
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder, Wrapper
 from nvlm_deploy.serving import backend
 from nvlm_deploy.serving.request import Ask, Limits, RequestPreparer, Sampling

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.opening import AS_VIEWED
-from nvlm_deploy.model.image_file.reading import ImageReading
+from nvlm_deploy.image_file.opening import AS_VIEWED
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import IMAGE_PLACEHOLDER, PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import Size
+from nvlm_deploy.image_file.limits import Size
 
 # Chunks, segments or blocks that are looked at in one file. libpng writes 4,096 chunks for 32 MiB.
 MOST_PARTS = 16_384

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file import bmp, gif, jpeg, png, tiff, webp
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import ImageStructure
+from nvlm_deploy.image_file import bmp, gif, jpeg, png, tiff, webp
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import ImageStructure
 
 READ = "JPEG, PNG, WebP, GIF, BMP and TIFF are read"
 CONVERT = "save it as JPEG or PNG"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.kinds import required_kind
-from nvlm_deploy.model.image_file.limits import ImageLimits, Size
-from nvlm_deploy.model.image_file.reading import ImageReading
-from nvlm_deploy.model.image_file.structure import ImageStructure
-from nvlm_deploy.model.image_file.transparency import flattened
+from nvlm_deploy.image_file.kinds import required_kind
+from nvlm_deploy.image_file.limits import ImageLimits, Size
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.image_file.structure import ImageStructure
+from nvlm_deploy.image_file.transparency import flattened
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.exif import orientation_of
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import MOST_PARTS, ImageStructure, too_many_parts, truncated
+from nvlm_deploy.image_file.exif import orientation_of
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import MOST_PARTS, ImageStructure, too_many_parts, truncated
 
 KIND = "WebP"
 _BITSTREAMS = (b"VP8 ", b"VP8L")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import MOST_PARTS, Box, ImageStructure, too_many_parts, truncated
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import MOST_PARTS, Box, ImageStructure, too_many_parts, truncated
 
 KIND = "GIF"
 _SCREEN_END = 13

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import ImageStructure, truncated
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import ImageStructure, truncated
 
 KIND = "BMP"
 HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)

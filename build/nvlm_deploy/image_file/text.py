@@ -7,8 +7,8 @@ import re
 import string
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.kinds import kind_of, other_name
-from nvlm_deploy.model.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.kinds import kind_of, other_name
+from nvlm_deploy.image_file.limits import ImageLimits
 
 _SPACE = b" \t\r\n\v\f"
 _LETTERS = string.ascii_letters.encode() + string.digits.encode() + b"+/-_"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nvlm_deploy.model.image_file.structure import ImageStructure
+from nvlm_deploy.image_file.structure import ImageStructure
 
 if TYPE_CHECKING:
     from PIL import Image

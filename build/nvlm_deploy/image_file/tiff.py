@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.exif import ORIENTATION_TAG
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import MOST_PARTS, ImageStructure, too_many_parts, truncated
+from nvlm_deploy.image_file.exif import ORIENTATION_TAG
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import MOST_PARTS, ImageStructure, too_many_parts, truncated
 
 KIND = "TIFF"
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
-from nvlm_deploy.model.image_file.limits import MEBIBYTE
+from nvlm_deploy.image_file.limits import MEBIBYTE
 
 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

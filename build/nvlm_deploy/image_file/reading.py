@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, cast, get_args
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.limits import ImageLimits
 
 View = Literal["as_viewed", "reference"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.model.image_file.exif import orientation_of
-from nvlm_deploy.model.image_file.limits import Size
-from nvlm_deploy.model.image_file.structure import ImageStructure, too_many_parts, truncated
+from nvlm_deploy.image_file.exif import orientation_of
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.structure import ImageStructure, too_many_parts, truncated
 
 KIND = "JPEG"
 _START, _END, _SCAN, _APP0, _APP1, _ADOBE, _COMMENT = 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE, 0xFE

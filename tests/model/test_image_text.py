@@ -106,6 +106,8 @@ def test_raw_bytes_win_over_text_that_they_might_be():
         (b"data:image/png;base64,iVBO*", r"broken base64: '\*' at position 5"),
         (TEXT[:40] + b"=" + TEXT[40:], "broken base64: '=' at position 41 is not at its end"),
         (TEXT[:41], "broken base64: 41 characters"),
+        (b"not a picture", "not an image: "),
+        (b"hello hello, I am text", "not an image: 22 bytes of no known format, nor base64: ',' at position 12"),
         (b"data:image/png;base64,", r"the image is empty \(0 bytes\)"),
         (b"", r"the image is empty \(0 bytes\)"),
         (b" \n ", "not an image"),

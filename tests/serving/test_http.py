@@ -88,8 +88,8 @@ def test_no_picture_is_a_question_alone(ask):
     ("image", "words"),
     [
         ("https://example.com/cat.png", "image 1 of 1: the image is a https:// URL; nothing is fetched"),
-        ("iVBORw0KGgo*", "image 1 of 1: the image is broken base64: '*' at position 12"),
-        (["iVBORw0KGgo=", "no picture!"], "image 2 of 2: the image is broken base64: '!' at position 11"),
+        ("iVBORw0KGgoAAA*", "image 1 of 1: the image is broken base64: '*' at position 15"),
+        (["iVBORw0KGgo=", "no picture!"], "image 2 of 2: not an image"),
         ("data:image/svg+xml,%3Csvg%3E", "a data URL that is not in base64"),
     ],
 )

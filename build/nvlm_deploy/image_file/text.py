@@ -22,6 +22,8 @@ _ALPHABET = re.compile(rb"[A-Za-z0-9+/_-]{8}")
 _ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
 # what a URL escapes of base64, and what line breaks become
 _ESCAPES = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%20": b"", b"%09": b""}
+_RUN = re.compile(rb"(?:[A-Za-z0-9+/]{4})+")
+_BROKEN = "the image is broken base64"
 _HINT = "send the file's bytes as they are, in base64, or as data:image/png;base64,..."
 # characters of white space or escapes that are tolerated for each character of base64
 _TOLERATED = 3
@@ -46,7 +48,7 @@ def file_of(element: bytes, limits: ImageLimits) -> bytes:
         scheme = url[1].decode().lower()
         raise NvlmError(f"the image is a {scheme}:// URL; nothing is fetched", hint=_HINT)
     if other_name(element) is None and _ALPHABET.match(head.translate(None, _SPACE)):
-        return _decoded(element, limits)
+        return _decoded(element, limits, _fault_of(element, head))
     limits.require_bytes(len(element))
     return element
 
@@ -70,7 +72,15 @@ def _data(element: bytes) -> bytes:
     return text
 
 
-def _decoded(text: bytes, limits: ImageLimits) -> bytes:
+def _fault_of(element: bytes, head: bytes) -> str:
+    """Say what an element is that cannot be decoded: a few words may be meant as anything."""
+    run = _RUN.match(head.translate(_ONE_ALPHABET, _SPACE))
+    start = binascii.a2b_base64(run[0]) if run else b""
+    is_image = kind_of(start) is not None or other_name(start) is not None
+    return _BROKEN if is_image else f"not an image: {len(element):,} bytes of no known format, nor base64"
+
+
+def _decoded(text: bytes, limits: ImageLimits, fault: str = _BROKEN) -> bytes:
     """Decode base64 of either alphabet, whose padding may be left out, after judging how many bytes it has."""
     compact = text.translate(_ONE_ALPHABET, _SPACE)
     characters = compact.rstrip(b"=")
@@ -78,13 +88,13 @@ def _decoded(text: bytes, limits: ImageLimits) -> bytes:
     if characters.translate(None, _LETTERS + b"="):
         wrong = _OUTSIDE_ALPHABET.search(text)
         assert wrong is not None
-        raise _broken(f"{wrong[0].decode('latin-1')!r} at position {wrong.start() + 1:,} is not of its alphabet")
+        raise _broken(fault, f"{wrong[0].decode('latin-1')!r} at position {wrong.start() + 1:,} is not of its alphabet")
     if b"=" in characters:
-        raise _broken(f"'=' at position {text.index(b'=') + 1:,} is not at its end")
+        raise _broken(fault, f"'=' at position {text.index(b'=') + 1:,} is not at its end")
     if len(characters) % 4 == 1:
-        raise _broken(f"{len(characters):,} characters, which is one more than a multiple of 4")
+        raise _broken(fault, f"{len(characters):,} characters, which is one more than a multiple of 4")
     return binascii.a2b_base64(characters + b"=" * (-len(characters) % 4))
 
 
-def _broken(what: str) -> NvlmError:
-    return NvlmError(f"the image is broken base64: {what}", hint=_HINT)
+def _broken(fault: str, what: str) -> NvlmError:
+    return NvlmError(f"{fault}: {what}", hint=_HINT)

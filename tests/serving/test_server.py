@@ -109,7 +109,7 @@ def test_32_concurrent_requests_answer_as_one_by_one(caller, picture) -> None:
         ({"image": [b"plain text"]}, "image 1 of 1: not an image"),
         ({"image": "truncated"}, "image 2 of 2: the image is damaged or truncated"),
         ({"image": [png_header(0, 7)]}, "image 1 of 1"),
-        ({"image": [png_header(20_000, 20_000)]}, "more than the 89,000,000 that are decoded"),
+        ({"image": [png_header(20_000, 20_000)]}, "the limit is 89,000,000"),
         ({"image": "400"}, "400 images, at most 16"),
         ({"text": "<image> and <image>?", "image": "one"}, "2 <image> placeholder(s), the request 1 image(s)"),
         ({"text": "<image>?", "image": "two"}, "1 <image> placeholder(s), the request 2 image(s)"),

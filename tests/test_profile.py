@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.profile import load_profile, profile_folder, profile_names
+from nvlm_deploy.recipe import Recipe
 
 SHIPPED = profile_names()
 
@@ -98,6 +101,10 @@ def test_a_missing_key_is_named(tmp_path, text):
         ("max_batch_size = 8", 'max_batch_size = "many"', r"decoder\.max_batch_size is 'many'"),
         ('precision = "fp32"', 'precision = "fp4"', r"vision\.precision is 'fp4'"),
         ('wrapper = "chat"', 'wrapper = "llama"', r"serving\.wrapper is 'llama'.*'chat_template'"),
+        ('wrapper = "chat"', 'images = "sideways"', r"serving\.images is 'sideways'.*'as_viewed' or 'reference'"),
+        ('wrapper = "chat"', 'image_background = "whit"', r"serving\.image_background is 'whit': .*no opaque colour"),
+        ('wrapper = "chat"', "max_image_pixels = 179_000_000", r"max_image_pixels is 179000000: .*equal to 178000000"),
+        ('wrapper = "chat"', "max_image_bytes = 0", r"serving\.max_image_bytes is 0: .*greater than 0"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_allowed(tmp_path, text, before, after, telling):
@@ -122,3 +129,21 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "mine.toml").write_bytes(b"description = '\xff'")
     with pytest.raises(NvlmError, match="is not TOML"):
         load_profile(str(tmp_path / "mine.toml"))
+
+
+def test_the_choices_of_images_are_one_reading(tmp_path, text):
+    keys = 'images = "reference"\nimage_background = "#102030"\nmax_image_bytes = 5\nmax_image_pixels = 6'
+    reading = load_profile(
+        written(tmp_path, text.replace('wrapper = "chat"', keys + "\nmax_request_pixels = 7"))
+    ).serving.image_reading
+    assert reading == ImageReading("reference", "#102030", ImageLimits(5, 6, 7))
+
+
+def test_calibration_depends_on_how_images_are_read_and_not_on_their_limits(tmp_path, text):
+    def settings(*keys: str) -> dict[str, object]:
+        profile = load_profile(written(tmp_path, text.replace('wrapper = "chat"', "\n".join(keys))))
+        return Recipe(tmp_path, profile, tmp_path).calibration_settings()
+
+    assert settings("max_image_bytes = 5") == settings()
+    assert settings('images = "reference"') != settings()
+    assert settings('image_background = "black"') != settings()

@@ -7,9 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nvlm_deploy.errors import NvlmError, unknown_name
+from nvlm_deploy.image_file.limits import MOST_PIXELS, ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading, View, colour_of
 
 # more of anything is a slip of the finger
 _MOST = 1_000_000_000
@@ -59,6 +61,15 @@ class DecoderChoice(_Section):
         return self.quantization == "fp8" or self.kv_cache == "fp8"
 
 
+def _opaque_colour(name: str) -> str:
+    """Itself. Raises ValueError, which pydantic reports with the key, for what is no colour."""
+    try:
+        colour_of(name)
+    except NvlmError as problem:
+        raise ValueError(f"{problem.message} ({problem.hint})") from None
+    return name
+
+
 class CalibrationChoice(_Section):
     """How many samples of the calibration list are used; 0 is data-free: scales come from weights alone."""
 
@@ -66,11 +77,26 @@ class CalibrationChoice(_Section):
 
 
 class ServingChoice(_Section):
-    """What a request may ask for; `wrapper` is the chat turn around the question (model/prompt.py)."""
+    """What a request may ask for, and how its images are read.
+
+    `wrapper` is the chat turn around the question (model/prompt.py). `images` and the limits of an image file are
+    explained in image_file/reading.py and limits.py.
+    """
 
     wrapper: Literal["chat", "chat_template", "raw"] = "chat"
     max_images: Count = 16
     default_max_tokens: Count = 128
+    images: View = "as_viewed"
+    image_background: Annotated[str, AfterValidator(_opaque_colour)] = "white"
+    max_image_bytes: Count = ImageLimits().max_image_bytes
+    max_image_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = ImageLimits().max_image_pixels
+    max_request_pixels: Count = ImageLimits().max_request_pixels
+
+    @property
+    def image_reading(self) -> ImageReading:
+        """How the server reads images, and so calibration too."""
+        limits = ImageLimits(self.max_image_bytes, self.max_image_pixels, self.max_request_pixels)
+        return ImageReading(self.images, self.image_background, limits)
 
 
 class Profile(_Section):

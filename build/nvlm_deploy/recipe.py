@@ -140,7 +140,8 @@ class Recipe:
         """The profile's choices that decide what reaches the decoder's layers."""
         profile = self.profile
         vision = profile.vision.model_dump(include={"precision", "weight_scales", "fp8_attention"})
-        return {"vision": vision, "samples": profile.calibration.samples, "wrapper": profile.serving.wrapper}
+        pixels = profile.serving.image_reading.choices()
+        return {"vision": vision, "samples": profile.calibration.samples, "wrapper": profile.serving.wrapper, **pixels}
 
     def prompts(self) -> PromptBuilder:
         """Prompts as the profile's clients will get them."""

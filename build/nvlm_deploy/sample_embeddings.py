@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nvlm_deploy.artifacts import replace_file
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.opening import AS_VIEWED, open_image
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, TilingSpec
-from nvlm_deploy.model.tiling import open_image, tiles_from_image
+from nvlm_deploy.model.tiling import tiles_from_image
 from nvlm_deploy.samples import PlacedSample, Sample, blamed_on
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class SampleEmbedder:
     tiling: TilingSpec
     encode: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
     table: torch.Tensor
+    reading: ImageReading = AS_VIEWED
 
     def prompt(self, sample: Sample) -> torch.Tensor:
         """Embeddings [tokens, hidden] of the prompt, in the table's type."""
@@ -56,7 +59,7 @@ class SampleEmbedder:
         return self._joined(self.prompt(sample), answer)
 
     def _tiles(self, sample: Sample) -> list[npt.NDArray[np.uint8]]:
-        return [tiles_of_file(path, self.tiling) for path in sample.images]
+        return [tiles_of_file(path, self.tiling, self.reading) for path in sample.images]
 
     def _ids(self, sample: Sample, images: list[npt.NDArray[np.uint8]]) -> list[int]:
         return self.prompts.ids(sample.question, [len(tiles) for tiles in images])
@@ -124,18 +127,20 @@ def _store(path: Path, embeddings: npt.NDArray[np.float32]) -> None:
         temporary.write_bytes(content.getbuffer())
 
 
-def tiles_of_pictures(samples: Iterable[PlacedSample], tiling: TilingSpec) -> dict[Path, npt.NDArray[np.uint8]]:
+def tiles_of_pictures(
+    samples: Iterable[PlacedSample], tiling: TilingSpec, reading: ImageReading = AS_VIEWED
+) -> dict[Path, npt.NDArray[np.uint8]]:
     """The tiles of every picture of a list, once each. Raises NvlmError naming the line of one that cannot be read."""
     tiles: dict[Path, npt.NDArray[np.uint8]] = {}
     for place, sample in samples:
         with blamed_on(place):
-            tiles |= {path: tiles_of_file(path, tiling) for path in sample.images if path not in tiles}
+            tiles |= {path: tiles_of_file(path, tiling, reading) for path in sample.images if path not in tiles}
     return tiles
 
 
-def tiles_of_file(path: Path, tiling: TilingSpec) -> npt.NDArray[np.uint8]:
+def tiles_of_file(path: Path, tiling: TilingSpec, reading: ImageReading = AS_VIEWED) -> npt.NDArray[np.uint8]:
     """uint8 [tiles, S, S, 3] of a picture. Raises NvlmError naming a file that cannot be read as one."""
-    return of_picture(path, lambda encoded: tiles_from_image(open_image(encoded), tiling))
+    return of_picture(path, lambda encoded: tiles_from_image(open_image(encoded, reading), tiling))
 
 
 def of_picture(path: Path, read: Callable[[bytes], Found]) -> Found:
@@ -143,5 +148,5 @@ def of_picture(path: Path, read: Callable[[bytes], Found]) -> Found:
     try:
         return read(path.read_bytes())
     except NvlmError as problem:
-        hint = problem.hint or "replace it by a whole JPEG, PNG or WebP file"
+        hint = problem.hint or "replace it by a whole JPEG, PNG, WebP, GIF, BMP or TIFF file"
         raise NvlmError(f"{path}: {problem.message}", hint=hint) from problem

@@ -15,7 +15,7 @@ from nvlm_deploy.samples import Sample
 
 
 def test_the_example_is_the_bundled_picture_and_its_answer_has_a_digit_per_tile() -> None:
-    from nvlm_deploy.model.tiling import open_image
+    from nvlm_deploy.image_file.opening import open_image
 
     example = Assets.of_checkout().example()
     assert open_image(example.images[0].read_bytes()).width * 2 == open_image(example.images[0].read_bytes()).height * 3

@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.image_file.structure import ImageStructure
 from nvlm_deploy.model import image_tiler
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
@@ -194,7 +197,8 @@ def _reference_tiles_of_file(encoded: bytes) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=[1, 2, 8], ids=lambda threads: f"{threads} threads")
 def tiler(request) -> Iterator[ImageTiler]:
-    made = ImageTiler(SMALL, threads=request.param, max_pixels=200_000)
+    limits = ImageLimits(max_image_pixels=200_000)
+    made = ImageTiler(SMALL, threads=request.param, reading=ImageReading("reference", limits=limits))
     yield made
     made.close()
 
@@ -229,13 +233,14 @@ TOO_LARGE = _file(500, 401)
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ([DAMAGED, BAD_HEADER], "image 1 of 2: the image is damaged or truncated"),
+        ([DAMAGED, BAD_HEADER], "image 2 of 2: not an image"),
+        ([DAMAGED, _file(9, 9)], "image 1 of 2: the image is damaged or truncated"),
         ([BAD_HEADER, DAMAGED], "image 1 of 2: not an image"),
         ([_file(9, 9), TOO_LARGE, DAMAGED], "image 2 of 3: the image has 500 x 401 pixels"),
-        ([_file(300, 300)] * 7 + [DAMAGED, BAD_HEADER], "image 8 of 9: the image is damaged"),
+        ([_file(300, 300)] * 7 + [DAMAGED, DAMAGED], "image 8 of 9: the image is damaged"),
         ([b""], "image 1 of 1: the image is empty"),
     ],
-    ids=["damaged first", "no image first", "too large first", "the eighth", "no bytes"],
+    ids=["headers come first", "damaged first", "no image first", "too large first", "the eighth", "no bytes"],
 )
 def test_the_first_bad_image_is_named_however_it_is_bad(tiler, images, words):
     for _ in range(10):
@@ -261,19 +266,19 @@ class Watched:
     """Counts how many images are open in threads at once."""
 
     def __init__(self, monkeypatch, *, wait_for: int) -> None:
-        self.open_image, self.write_tiles = image_tiler.open_image, image_tiler.write_tiles
+        self.decoded, self.write_tiles = image_tiler.decoded, image_tiler.write_tiles
         self.lock = threading.Lock()
         self.meeting = threading.Barrier(wait_for)
         self.held = self.most = 0
-        monkeypatch.setattr(image_tiler, "open_image", self.opened)
+        monkeypatch.setattr(image_tiler, "decoded", self.opened)
         monkeypatch.setattr(image_tiler, "write_tiles", self.written)
 
-    def opened(self, encoded: bytes, *, max_pixels: int) -> Image.Image:
+    def opened(self, structure: ImageStructure, reading: ImageReading) -> Image.Image:
         with self.lock:
             self.held += 1
             self.most = max(self.most, self.held)
         self.meeting.wait(timeout=30)
-        return self.open_image(encoded, max_pixels=max_pixels)
+        return self.decoded(structure, reading)
 
     def written(self, *arguments) -> None:
         self.write_tiles(*arguments)
@@ -301,13 +306,15 @@ def test_nothing_runs_any_more_when_the_error_is_raised(monkeypatch):
 
 
 def test_opening_images_in_threads_leaves_the_process_warnings_as_they_were(monkeypatch):
-    really_open = Image.open
+    """`warnings.catch_warnings` changes the whole process and may not overlap itself."""
+    opened = image_tiler.decoded
 
-    def open_slowly(*arguments, **options) -> Image.Image:
+    def open_slowly(*arguments) -> Image.Image:
+        image = opened(*arguments)
         time.sleep(0.001)  # other threads come in between
-        return really_open(*arguments, **options)
+        return image
 
-    monkeypatch.setattr(Image, "open", open_slowly)
+    monkeypatch.setattr(image_tiler, "decoded", open_slowly)
     before = list(warnings.filters)
     tiler = ImageTiler(SMALL, threads=8)
     tiler.tiles([_file(5, 5)] * 32)

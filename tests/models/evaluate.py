@@ -21,10 +21,11 @@ import torch
 from batches import with_tag_order
 from digits import TASKS, Sample, samples
 from nvlm_deploy.checkpoint.reader import Checkpoint
+from nvlm_deploy.image_file.opening import open_image
 from nvlm_deploy.model.decoder import decoder_from_checkpoint
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import spec_from_checkpoint
-from nvlm_deploy.model.tiling import open_image, tiles_from_image
+from nvlm_deploy.model.tiling import tiles_from_image
 from nvlm_deploy.model.vision import vision_tower_from_checkpoint
 
 BARS = {"tile": 0.97, "read": 0.93, "count": 0.88, "largest": 0.96, "text": 0.99, "all": 0.95}

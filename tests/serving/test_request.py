@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
+import numpy as np
 import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
+from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.serving.options import Ask, Sampling
 from nvlm_deploy.serving.request import Limits, RequestPreparer
 from nvlm_deploy.serving.word_list import unpacked_words
 
-LIMITS = Limits(max_seq_len=512, max_images=4, default_max_tokens=32, max_pixels=10_000, max_request_bytes=100_000)
+LIMITS = Limits(max_seq_len=512, max_images=4, default_max_tokens=32, max_request_bytes=100_000)
+READING = ImageReading(limits=ImageLimits(max_image_pixels=10_000))
 
 
 @pytest.fixture(scope="module")
 def preparer(tokenizer_file, tiny_spec) -> RequestPreparer:
-    return RequestPreparer(PromptBuilder(tokenizer_file, tiny_spec), tiny_spec, LIMITS)
+    return preparer_of(tokenizer_file, tiny_spec)
+
+
+def preparer_of(tokenizer_file, spec, *, digest: str = "encoder", threads: int = 1) -> RequestPreparer:
+    tiler = ImageTiler(spec.tiling, threads=threads, reading=READING)
+    return RequestPreparer(PromptBuilder(tokenizer_file, spec), tiler, spec, LIMITS, vision_digest=digest)
 
 
 def inputs(preparer: RequestPreparer, ask: Ask) -> dict:
-    return preparer.prepared(ask).decoder_inputs
+    return preparer.prepared(ask)
 
 
 def test_every_input_of_the_decoder_is_made_in_its_type_and_shape(preparer, picture) -> None:
-    made = inputs(preparer, Ask(b"What?", (picture(),), bad_words=("x",)))
-    specs = {spec.name: spec for spec in tensors.PREPARED_FOR_DECODER}
+    made = inputs(preparer, Ask(b"What?", (picture(),), stop_words=("y",), bad_words=("x",)))
+    size = 56
+    specs = {s.name: s for s in (tensors.TILES.with_axes(height=size, width=size), *tensors.PREPARED_FOR_DECODER)}
     assert made.keys() == specs.keys()
     for name, array in made.items():
-        assert str(array.dtype) == specs[name].dtype
+        assert str(array.dtype) == {"string": "object"}.get(specs[name].dtype, specs[name].dtype)
         assert array.ndim == len(specs[name].axes)
         assert all(axis in (-1, size) for axis, size in zip(specs[name].triton_dims, array.shape, strict=True))
 
@@ -43,6 +55,41 @@ def test_visual_ids_count_through_all_images(preparer, picture, tiny_spec) -> No
     made = inputs(preparer, Ask(b"<image>, then <image>", (picture(56, 56), picture(112, 56))))
     ids = made["input_ids"][0]
     assert (ids[ids >= 512] - 512).tolist() == list(range(4 * tiny_spec.tiling.tokens_per_tile))
+
+
+def test_text_alone_has_no_tiles(preparer) -> None:
+    made = inputs(preparer, Ask(b"What?"))
+    assert made["tiles"].shape == (0, 56, 56, 3)
+    assert not made["prompt_table_extra_ids"].any()
+
+
+def test_extra_ids_name_the_pixels_and_the_encoder(preparer, tokenizer_file, tiny_spec, picture) -> None:
+    def extra(seed: int, digest: str = "encoder") -> np.ndarray:
+        one = preparer_of(tokenizer_file, tiny_spec, digest=digest)
+        made = one.prepared(Ask(b"What?", (picture(56, 56, seed=seed),)))
+        is_visual = made["input_ids"][0] >= 512
+        assert ((made["prompt_table_extra_ids"][0] > 0) == is_visual).all()
+        return made["prompt_table_extra_ids"][0][is_visual]
+
+    assert (extra(1) == extra(1)).all()
+    assert (extra(1) != extra(2)).all()
+    assert (extra(1) != extra(1, digest="another encoder")).all()
+
+
+def test_an_extra_id_is_the_first_8_bytes_of_the_digest_of_encoder_and_pixels(preparer, picture, tiny_spec) -> None:
+    made = preparer.prepared(Ask(b"What?", (picture(112, 56),)))
+    digests = [hashlib.sha256(b"encoder" + tile.tobytes()).digest()[:8] for tile in made["tiles"]]
+    keys = [int.from_bytes(digest, "little") for digest in digests]
+    extra = made["prompt_table_extra_ids"][0]
+    assert extra[extra > 0].tolist() == np.repeat(np.array(keys, np.uint64), tiny_spec.tiling.tokens_per_tile).tolist()
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_more_threads_make_the_same_tensors(preparer, tokenizer_file, tiny_spec, picture, threads) -> None:
+    ask = Ask(b"What?", (picture(56, 56), picture(99, 33), picture(20, 80)), sampling=Sampling(seed=1))
+    made, expected = preparer_of(tokenizer_file, tiny_spec, threads=threads).prepared(ask), preparer.prepared(ask)
+    assert made.keys() == expected.keys()
+    assert all(np.array_equal(made[name], expected[name]) for name in made)
 
 
 def test_silence_about_sampling_is_greedy(preparer) -> None:
@@ -85,11 +132,9 @@ def test_further_end_ids_become_words_of_one_id(tokenizer_file, tiny_spec) -> No
     from dataclasses import replace
 
     spec = replace(tiny_spec, prompt=replace(tiny_spec.prompt, eos_token_id=364, eos_token_ids=(364, 362)))
-    prepared = RequestPreparer(PromptBuilder(tokenizer_file, spec), spec, LIMITS).prepared(Ask(b"What?"))
-    made = prepared.decoder_inputs
+    made = preparer_of(tokenizer_file, spec).prepared(Ask(b"What?"))
     assert made["end_id"].item() == 364
     assert unpacked_words(made["stop_words_list"][0], name="stop") == ((362,),)
-    assert prepared.ending.end_ids == {364, 362}
 
 
 def test_max_tokens_left_out_is_the_default_or_what_fits(preparer) -> None:
@@ -150,10 +195,7 @@ def test_no_text_that_fits_is_too_long_to_be_looked_at(preparer) -> None:
     preparer.require_within_limits(Ask(b"x" * preparer.max_text_bytes))
 
 
-def test_an_answer_in_one_piece_is_decoded_in_one_piece_unless_its_text_is_searched(preparer) -> None:
-    def is_streamed(**choices) -> bool:
-        return bool(inputs(preparer, Ask(b"What?", **choices))["streaming"].item())
-
-    assert not is_streamed()
-    assert is_streamed(stream=True)
-    assert is_streamed(stop_words=("x",))
+def test_stop_words_are_handed_on_as_texts(preparer) -> None:
+    made = inputs(preparer, Ask(b"What?", stop_words=("x y", "ü")))
+    assert made["stop_texts"].tolist() == [[b"x y", "ü".encode()]]
+    assert inputs(preparer, Ask(b"What?"))["stop_texts"].shape == (1, 0)

@@ -119,7 +119,7 @@ def test_a_moved_repository_is_whole_and_may_be_served_on_such_a_machine_only(
     ("field", "value", "words"),
     [
         ("build_config.max_batch_size", 8, "max_batch_size is 8, tensorrt_llm's max_batch_size is 4"),
-        ("build_config.max_seq_len", 1024, "max_seq_len is 1024, nvlm's max_seq_len is 512"),
+        ("build_config.max_seq_len", 1024, "max_seq_len is 1024, preprocessing's max_seq_len is 512"),
         ("build_config.max_prompt_embedding_table_size", 64, "16 visual tokens are granted a request, 2 image"),
         ("pretrained_config.vocab_size", 999, "vocab_size is 999, the first visual token's id is"),
         ("pretrained_config.hidden_size", 128, "hidden_size is 128, the prompt table's width is 256"),

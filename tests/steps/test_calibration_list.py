@@ -93,7 +93,7 @@ def test_a_picture_that_is_cut_off_is_found_before_the_first_is_encoded(
     recipe = Recipe(tiny_folder, profile(), tmp_path, folder)
     with pytest.raises(NvlmError, match=r"samples\.jsonl line 3: .*cut\.jpg: the image is damaged") as refusal:
         if reader == "decoder":
-            require_whole_pictures(recipe.placed_samples())
+            require_whole_pictures(recipe.placed_samples(), recipe.profile.serving.image_reading)
         else:
             tiles_of_pictures(recipe.placed_samples(), recipe.spec.tiling)
     assert "replace it" in (refusal.value.hint or "")

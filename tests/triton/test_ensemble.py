@@ -8,9 +8,18 @@ import pytest
 
 from nvlm_deploy import tensors
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import ImageLimits
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.triton.choices import EngineChoices, ServingChoices
 from nvlm_deploy.triton.decoder import DECODER
-from nvlm_deploy.triton.ensemble import ENSEMBLE, FRONT, PREPROCESSING, VISION, ensemble_configs
+from nvlm_deploy.triton.ensemble import (
+    ENSEMBLE,
+    POSTPROCESSING,
+    PREPROCESSING,
+    TEXT_DECODER,
+    VISION,
+    ensemble_configs,
+)
 from nvlm_deploy.triton.pbtxt import ModelConfig, TensorConfig
 from nvlm_deploy.triton.wiring import require_wired
 
@@ -21,45 +30,49 @@ def configs(tiny_spec) -> dict[str, ModelConfig]:
     return {config.name: config for config in made}
 
 
-def test_there_are_five_models_of_which_two_stream_and_the_decoder_batches(configs) -> None:
-    assert set(configs) == {FRONT, ENSEMBLE, PREPROCESSING, VISION, DECODER}
-    assert {name for name, config in configs.items() if config.decoupled} == {FRONT, DECODER}
+def test_there_are_five_models_of_which_two_are_decoupled_and_the_decoder_batches(configs) -> None:
+    assert set(configs) == {ENSEMBLE, PREPROCESSING, VISION, DECODER, POSTPROCESSING}
+    assert {name for name, config in configs.items() if config.decoupled} == {PREPROCESSING, DECODER}
     assert {name: config.max_batch_size for name, config in configs.items() if config.max_batch_size} == {DECODER: 4}
 
 
 def test_the_decoder_has_the_cpp_backends_whole_interface(configs) -> None:
-    """Names of contract C.3; only two inputs are required."""
+    """Names of contract C.3, and ours for text; only two inputs are required."""
     decoder = configs[DECODER]
-    assert len(decoder.inputs) == 62
-    assert len(decoder.outputs) == 21
+    assert {tensor.name for tensor in decoder.inputs} - {s.name for s in tensors.DECODER_INPUTS} == {"stop_texts"}
+    further = {tensor.name for tensor in decoder.outputs} - {spec.name for spec in tensors.DECODER_OUTPUTS}
+    assert further == {"text_output", "finish_reason", "request_key"}
+    assert (len(decoder.inputs), len(decoder.outputs)) == (62 + 1, 21 + 3)
     assert [tensor.name for tensor in decoder.inputs if not tensor.optional] == ["input_lengths", "request_output_len"]
     assert decoder.tensor("prompt_embedding_table") == TensorConfig(
         "prompt_embedding_table", "TYPE_BF16", (-1, 256), optional=True, ragged=True
     )
 
 
-def test_the_fronts_inputs_are_what_a_client_may_send(configs) -> None:
-    front = configs[FRONT]
-    assert [tensor.name for tensor in front.inputs if not tensor.optional] == ["text_input"]
-    assert {tensor.name for tensor in front.inputs} == {spec.name for spec in tensors.REQUEST_INPUTS}
-
-
-def test_the_ensemble_is_preprocessing_encoder_and_decoder_in_a_row(configs) -> None:
+def test_the_ensembles_inputs_are_what_a_client_may_send(configs) -> None:
     ensemble = configs[ENSEMBLE]
-    assert [step.model for step in ensemble.steps] == [PREPROCESSING, VISION, DECODER]
-    assert not [tensor.name for tensor in ensemble.inputs if tensor.optional]
+    assert [tensor.name for tensor in ensemble.inputs if not tensor.optional] == ["text_input"]
+    assert {tensor.name for tensor in ensemble.inputs} == {spec.name for spec in tensors.REQUEST_INPUTS}
 
 
-def test_pictures_have_more_than_one_process(configs) -> None:
-    assert configs[PREPROCESSING].instances >= 2
+def test_postprocessing_reads_nothing_but_the_decoder(configs) -> None:
+    (step,) = [step for step in configs[ENSEMBLE].steps if step.model == POSTPROCESSING]
+    assert {name.split(".")[0] for _, name in step.inputs} == {DECODER}
 
 
-def test_only_tensorrt_llm_gets_a_table_with_a_text(tiny_spec) -> None:
+def test_the_order_of_the_pieces_is_kept(configs) -> None:
+    """Triton promises it for a decoupled model, and for one instance without a dynamic batcher."""
+    assert configs[DECODER].decoupled
+    assert (configs[POSTPROCESSING].instances, configs[POSTPROCESSING].batching) == (1, None)
+
+
+def test_in_front_of_tensorrt_llm_a_model_makes_text_of_tokens(tiny_spec) -> None:
     engines = EngineChoices(kv_tokens=100, kv_share_of_free=0.9)
-    for choices, width in ((ServingChoices(), "0"), (ServingChoices(engines=engines), "256")):
-        made = ensemble_configs(tiny_spec, choices, vision_digest="0" * 64)
-        (front,) = (config for config in made if config.name == FRONT)
-        assert front.parameter("texts_table_width") == width
+    made = ensemble_configs(tiny_spec, ServingChoices(engines=engines), vision_digest="0" * 64)
+    configs = {config.name: config for config in made}
+    assert [step.model for step in configs[ENSEMBLE].steps] == [PREPROCESSING, VISION, TEXT_DECODER, POSTPROCESSING]
+    assert (len(configs[DECODER].inputs), len(configs[DECODER].outputs)) == (62, 21)
+    assert configs[TEXT_DECODER].decoupled
 
 
 def test_preprocessing_has_threads_of_its_own_number(tiny_spec) -> None:
@@ -67,6 +80,14 @@ def test_preprocessing_has_threads_of_its_own_number(tiny_spec) -> None:
     configs = {config.name: config for config in ensemble_configs(tiny_spec, choices, vision_digest="0" * 64)}
     assert dict(configs[PREPROCESSING].parameters)["threads"] == "6"
     assert dict(configs[VISION].parameters)["threads"] == "1"
+
+
+def test_preprocessing_reads_images_as_the_profile_chose(tiny_spec) -> None:
+    reading = ImageReading("reference", "#102030", ImageLimits(5, 6, 7))
+    made = ensemble_configs(tiny_spec, ServingChoices(images=reading), vision_digest="0" * 64)
+    parameters = dict(next(config for config in made if config.name == PREPROCESSING).parameters)
+    found = ImageReading.from_parameters(lambda key: parameters[key], lambda key: int(parameters[key]))
+    assert found == reading
 
 
 def test_no_parameter_holds_a_path(configs) -> None:
@@ -92,8 +113,8 @@ def test_a_missing_model_is_found(configs) -> None:
 
 
 def test_a_tensor_that_the_producer_lacks_is_found(configs) -> None:
-    outputs = without(configs[PREPROCESSING].outputs, "prompt_table_extra_ids")
-    with pytest.raises(NvlmError, match="preprocessing has no output prompt_table_extra_ids"):
+    outputs = without(configs[PREPROCESSING].outputs, "seed")
+    with pytest.raises(NvlmError, match="preprocessing has no output seed"):
         require_wired(replaced(configs, PREPROCESSING, outputs=outputs))
 
 
@@ -122,10 +143,9 @@ def test_a_missing_axis_is_found(configs) -> None:
 
 
 def test_a_required_input_that_may_be_left_out_is_found(configs) -> None:
-    inputs = changed(configs[ENSEMBLE].inputs, "image", optional=True)
-    words = "nvlm_pipeline input image may be left out, preprocessing input image is required"
-    with pytest.raises(NvlmError, match=words):
-        require_wired(replaced(configs, ENSEMBLE, inputs=inputs))
+    inputs = changed(configs[PREPROCESSING].inputs, "image", optional=False)
+    with pytest.raises(NvlmError, match="nvlm input image may be left out, preprocessing input image is required"):
+        require_wired(replaced(configs, PREPROCESSING, inputs=inputs))
 
 
 def with_step(configs, model: str, **changes) -> list[ModelConfig]:

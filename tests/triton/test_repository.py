@@ -14,7 +14,7 @@ from nvlm_deploy.serving.settings import ServingSettings, spec_as_json, spec_fro
 from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.repository import RepositorySources, read_repository, write_repository
 
-PYTHON_MODELS = ("nvlm", "preprocessing", "vision_encoder", "tensorrt_llm")
+PYTHON_MODELS = ("preprocessing", "vision_encoder", "tensorrt_llm", "postprocessing")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_model_has_a_config_and_its_files_beside_one_import_line(folder) -
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"vision_encoder/1/vision.onnx", "vision_encoder/1/vision.onnx.data", "tensorrt_llm/1/rank0.x"} <= files
     assert "vision_encoder/1/manifest.json" not in files
-    assert (folder / "nvlm_pipeline" / "1").is_dir()
+    assert (folder / "nvlm" / "1").is_dir()
 
 
 def test_the_decoders_weights_are_linked_not_copied(folder, sources) -> None:
@@ -60,7 +60,7 @@ def test_the_onnx_tools_read_the_graph_in_its_place(exported_vision, sources, tm
 
 
 def test_what_was_written_reads_back(folder) -> None:
-    assert {config.name for config in read_repository(folder)} == {"nvlm_pipeline", *PYTHON_MODELS}
+    assert {config.name for config in read_repository(folder)} == {"nvlm", *PYTHON_MODELS}
 
 
 def test_a_config_edited_by_hand_is_cross_checked_again(folder) -> None:

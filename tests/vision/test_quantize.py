@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from nvlm_deploy.checkpoint.reader import Checkpoint
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.opening import open_image
 from nvlm_deploy.model.spec import spec_from_checkpoint
-from nvlm_deploy.model.tiling import open_image, tiles_from_image
+from nvlm_deploy.model.tiling import tiles_from_image
 from nvlm_deploy.model.vision import VisionTower, vision_tower_from_checkpoint
 from nvlm_deploy.progress import silent
 from nvlm_deploy.samples import read_samples

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import threading
-import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import TilingSpec
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# 89 megapixels is Pillow's own warning level: a 360 MB bitmap, as Pillow holds an RGB pixel in 4 bytes.
-MAX_PIXELS = 89_000_000
-READABLE_FORMATS = ("JPEG", "PNG", "WEBP")
-
-# warnings.catch_warnings changes the whole process and may not overlap itself
-_warnings_lock = threading.Lock()
 
 
 class Grid(NamedTuple):
@@ -33,70 +22,6 @@ class Grid(NamedTuple):
     @property
     def tiles(self) -> int:
         return self.columns * self.rows
-
-
-def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to RGB, whole; EXIF rotation is not applied, as in the reference.
-
-    Raises NvlmError for bytes that are no such file, a truncated file, or more than `max_pixels` pixels. The size is
-    judged from the header, before any pixel is decoded.
-    """
-    image = opened(encoded, max_pixels)
-    try:
-        return _decoded(image)
-    except Exception as problem:  # Pillow raises OSError, SyntaxError, struct.error and more on damaged files
-        raise NvlmError(f"the image is damaged or truncated: {problem}") from problem
-
-
-def opened(encoded: bytes, max_pixels: int) -> Image.Image:
-    """An image whose header alone is read and judged."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not encoded:
-        raise NvlmError("the image is empty (0 bytes)")
-    try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(encoded), formats=READABLE_FORMATS)
-    except UnidentifiedImageError:
-        raise NvlmError(f"not an image: {len(encoded)} bytes that are no {', '.join(READABLE_FORMATS)} file") from None
-    except Image.DecompressionBombError:  # Pillow's own limit, twice its warning level
-        raise _too_large("more than 2 x 89 million pixels", max_pixels) from None
-    except Exception as problem:
-        raise NvlmError(f"the image cannot be opened: {problem}") from problem
-    _require_sane_size(image.size, max_pixels)
-    return image
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.mode == "RGB":  # converting it would copy it: 49 MB for 12 megapixels
-        return image
-    return _eight_bits(image).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey picture scaled down; Pillow's own conversion would clip all above 255 to white."""
-    from PIL import Image
-
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-
-
-def _require_sane_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise NvlmError(f"the image has {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise _too_large(f"{width} x {height} pixels", max_pixels)
-
-
-def _too_large(found: str, max_pixels: int) -> NvlmError:
-    return NvlmError(
-        f"the image has {found}, more than the {max_pixels:,} that are decoded",
-        hint="scale it down first: the model never sees more than its tiles",
-    )
 
 
 def candidate_grids(tiling: TilingSpec) -> list[Grid]:

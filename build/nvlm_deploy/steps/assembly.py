@@ -63,6 +63,7 @@ def _serving_choices(recipe: Recipe) -> ServingChoices:
         max_images=serving.max_images,
         default_max_tokens=serving.default_max_tokens,
         prompt_wrapper=serving.wrapper,
+        images=serving.image_reading,
         kv_cache_dtype=KV_CACHE_DTYPES[decoder.kv_cache],
     )
     return _with_engines(recipe, choices) if _has_engines(recipe) else choices

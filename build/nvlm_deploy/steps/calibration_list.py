@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.image_file.limits import Size
+from nvlm_deploy.image_file.opening import judged_size, open_image, shown_size, structure_of
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import IM_END, VISION_PAD, ModelSpec
-from nvlm_deploy.model.tiling import MAX_PIXELS, open_image, opened, tile_count
+from nvlm_deploy.model.tiling import tile_count
 from nvlm_deploy.profile import Profile
 from nvlm_deploy.sample_embeddings import of_picture
 from nvlm_deploy.samples import TAKE_OUT, PlacedSample, Sample, blamed_on
@@ -45,7 +48,9 @@ class ServedPrompts:
             )
 
     def _require_length(self, sample: Sample) -> None:
-        sizes = [of_picture(path, lambda encoded: opened(encoded, MAX_PIXELS).size) for path in sample.images]
+        reading = self.profile.serving.image_reading
+        sizes = [of_picture(path, lambda encoded: _shown_size(encoded, reading)) for path in sample.images]
+        reading.limits.require_request(sizes)
         tiles = [tile_count(*size, self.spec.tiling) for size in sizes]
         answer = self.prompts.tokenizer.encode(sample.answer + IM_END, add_special_tokens=False).ids
         if self.prompts.pad_token_id in answer:
@@ -59,13 +64,18 @@ class ServedPrompts:
             )
 
 
-def require_whole_pictures(samples: Sequence[PlacedSample]) -> None:
+def _shown_size(encoded: bytes, reading: ImageReading) -> Size:
+    judged_size(encoded, reading.limits)
+    return shown_size(structure_of(encoded), reading)
+
+
+def require_whole_pictures(samples: Sequence[PlacedSample], reading: ImageReading) -> None:
     """Decodes every picture once, which takes seconds where encoding takes hours. Raises NvlmError naming its line."""
     seen: set[Path] = set()
     for place, sample in samples:
         with blamed_on(place):
             for path in set(sample.images) - seen:
-                of_picture(path, open_image)
+                of_picture(path, lambda encoded: open_image(encoded, reading))
         seen |= set(sample.images)
 
 

@@ -226,9 +226,10 @@ def _embeddings(recipe: Recipe, work_folder: Path) -> Iterator[torch.Tensor]:
 
     encode = CachedEncoder(encoder_without_gpu(recipe, work_folder / "graph"), work_folder / "embeddings")
     table = recipe.checkpoint.tensor(EMBEDDING_TABLE)
-    embedder = SampleEmbedder(recipe.prompts(), recipe.spec.tiling, encode, table)
+    reading = recipe.profile.serving.image_reading
+    embedder = SampleEmbedder(recipe.prompts(), recipe.spec.tiling, encode, table, reading)
     samples = recipe.placed_samples()
-    require_whole_pictures(samples)
+    require_whole_pictures(samples, reading)
     for place, sample in samples:
         with blamed_on(place):
             yield embedder.prompt_and_answer(sample)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.fingerprint import built_here
+from nvlm_deploy.image_file.opening import AS_VIEWED
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.inventory import vision_tensors
 from nvlm_deploy.pipeline import Step
 from nvlm_deploy.profile import Profile
@@ -43,6 +45,7 @@ def export_vision(recipe: Recipe) -> Step:
     if choice.precision == "fp8":
         inputs |= recipe.calibration_inputs()
         settings |= choice.model_dump(include=FP8_CHOICES) | {"calibration samples": len(recipe.samples())}
+        settings |= recipe.profile.serving.image_reading.choices()
 
     def make(folder: Path) -> Mapping[str, Any]:
         from nvlm_deploy.vision.export import vision_export
@@ -66,10 +69,11 @@ def build_vision(recipe: Recipe) -> Step:
         from nvlm_deploy.vision.numerics.check import require_numerics
 
         placed = recipe.placed_samples() if recipe.calibration_folder else []
-        require_whole_pictures(placed)
+        reading = recipe.profile.serving.image_reading
+        require_whole_pictures(placed, reading)
         samples = [sample for _, sample in placed]
         count = end_tiles(recipe.spec, choice.gate_tiles, choice.precision, samples)
-        tiles = gate_tiles(recipe.spec, count, samples)
+        tiles = gate_tiles(recipe.spec, count, samples, reading)
         report = require_numerics(recipe.vision_onnx, recipe.checkpoint, recipe.spec, tiles, bisected=choice.gate_tiles)
         _write_engine(recipe, folder)
         document = report.as_json() | {"engine": _judged_engine(recipe, folder, tiles, report)}
@@ -158,7 +162,9 @@ def end_tiles(spec: ModelSpec, count: int, precision: str, samples: Sequence[Sam
     return max(count, min(FP8_END_TILES, int(END_FLOPS / (2 * values * spec.vision.positions))))
 
 
-def gate_tiles(spec: ModelSpec, count: int, samples: Sequence[Sample] = ()) -> npt.NDArray[np.uint8]:
+def gate_tiles(
+    spec: ModelSpec, count: int, samples: Sequence[Sample] = (), reading: ImageReading = AS_VIEWED
+) -> npt.NDArray[np.uint8]:
     """What the numerics gate looks at, uint8 [at most count, S, S, 3]: tiles of the samples' pictures, else noise.
 
     The first tile of each picture in order, then the second of each, and so on: neighbours in one picture are much
@@ -168,7 +174,7 @@ def gate_tiles(spec: ModelSpec, count: int, samples: Sequence[Sample] = ()) -> n
 
     from nvlm_deploy.vision.numerics.compare import noise_tiles
 
-    pictures = [tiles_of_file(path, spec.tiling) for path in _pictures(samples)[:count]]
+    pictures = [tiles_of_file(path, spec.tiling, reading) for path in _pictures(samples)[:count]]
     if not pictures:
         return noise_tiles(count, spec.tiling.tile_size)
     rounds = range(max(map(len, pictures)))
@@ -186,5 +192,6 @@ def _fp8_source(recipe: Recipe) -> Fp8Source:
     from nvlm_deploy.vision.qdq import Fp8Choice
 
     choice = recipe.profile.vision
-    tiles = tiles_of_pictures(recipe.placed_samples(), recipe.spec.tiling)
+    reading = recipe.profile.serving.image_reading
+    tiles = tiles_of_pictures(recipe.placed_samples(), recipe.spec.tiling, reading)
     return Fp8Source(Fp8Choice(choice.weight_scales, choice.fp8_attention), [*tiles.values()])

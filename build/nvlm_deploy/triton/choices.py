@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_deploy.model.tiling import MAX_PIXELS
+from nvlm_deploy.image_file.opening import AS_VIEWED
+from nvlm_deploy.image_file.reading import ImageReading
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class ServingChoices:
     prompt_wrapper: str = "chat"
     max_num_tokens: int = 8192
     max_waiting_requests: int = 1024
-    max_pixels: int = MAX_PIXELS
-    max_request_bytes: int = 64 * 2**20
+    max_request_bytes: int = 128 * 2**20
     max_waiting_bytes: int = 512 * 2**20
+    images: ImageReading = AS_VIEWED
     vision_runtime: str = "onnxruntime"
     max_tiles_per_run: int = 16
     compute_dtype: str = "float32"

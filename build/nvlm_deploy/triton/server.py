@@ -38,9 +38,15 @@ _MEMORY_PREFIX = "nvlm_"
 LOG_TAIL_LINES = 12
 # tables, information, and the import machinery inside tracebacks
 _DULL_LINES = ("+-", "| ", "I", "At:", "  <frozen")
+# tritonserver 2.51 copies the body of an HTTP request twice onto a thread's stack and dies of signal 11 where it does
+# not fit: at 8 MB, the usual limit, a picture of 3 MB in base64 is enough. Address space alone; memory is taken in use.
+_STACK_BYTES = 4 << 30
 # the server is a child of this process; when that dies, however it dies, the kernel tells the server to stop
-_LAUNCHER = """
-import ctypes, os, signal, sys
+_LAUNCHER = f"""
+import ctypes, os, resource, signal, sys
+most = resource.getrlimit(resource.RLIMIT_STACK)[1]
+stack = {_STACK_BYTES} if most == resource.RLIM_INFINITY else min({_STACK_BYTES}, most)
+resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the starting process has died")

@@ -95,7 +95,8 @@ def numerics(
 
     recipe = Recipe(checkpoint, load_profile(profile), workspace)
     spec, graph, pictures = recipe.spec, onnx or recipe.vision_onnx, read_samples(samples) if samples else ()
-    given = gate_tiles(spec, end_tiles(spec, tiles, precision_of(graph), pictures), pictures)
+    reading = recipe.profile.serving.image_reading
+    given = gate_tiles(spec, end_tiles(spec, tiles, precision_of(graph), pictures), pictures, reading)
     with progress("stages compared", len(stages(spec.vision))) as on_stage:
         report = check_numerics(graph, recipe.checkpoint, spec, given, bisected=tiles, on_stage=on_stage)
     served = require_served_engine(recipe, given, report) if report.passed and onnx is None else None

@@ -66,7 +66,10 @@ def built_model(recipe: Recipe) -> InProcessModel:
 def _model(recipe: Recipe, encode: Callable[[Tiles], Embeddings], decoder: Decoder) -> InProcessModel:
     prompts = PromptBuilder(recipe.tokenizer, recipe.spec, wrapper=recipe.profile.serving.wrapper)
     table = decoder.model.embed_tokens.weight
-    embedder = SampleEmbedder(prompts, recipe.spec.tiling, lambda tiles: _as_prompt_table(encode(tiles)), table)
+    reading = recipe.profile.serving.image_reading
+    embedder = SampleEmbedder(
+        prompts, recipe.spec.tiling, lambda tiles: _as_prompt_table(encode(tiles)), table, reading
+    )
     return InProcessModel(embedder, decoder, recipe.spec.prompt.eos_token_id)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, cast
 
+from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.prompt import PromptBuilder, Wrapper
 from nvlm_deploy.serving import backend
@@ -30,7 +31,8 @@ class TritonPythonModel:
             max_request_bytes=settings.integer("max_request_bytes"),
         )
         threads = settings.integer("threads")
-        self.tiler = ImageTiler(spec.tiling, threads=threads, max_pixels=settings.integer("max_pixels"))
+        reading = ImageReading.from_parameters(settings.text, settings.integer)
+        self.tiler = ImageTiler(spec.tiling, threads=threads, reading=reading)
         prompts = PromptBuilder(settings.folder / TOKENIZER_FILE, spec, wrapper=wrapper)
         self.preparer = RequestPreparer(prompts, self.tiler, spec, limits, vision_digest=settings.text("vision_digest"))
         self.preparer.warm_up()

@@ -16,6 +16,8 @@ class NvlmError(Exception):
     """The input is wrong: says what was found, what was expected, where; `hint` is a mend to paste."""
 
     exit_code = 2
+    # the text that had come of an answer whose stream then failed; empty for every other error
+    partial = ""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -37,7 +37,7 @@ def the_end() -> Any:
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """Answers `1`, `9`, and then does what the question says."""
+    """Answers `1`, `9`, and then does what the question says; or what follows `say`."""
 
     def __init__(self, address: str = "127.0.0.1:0") -> None:
         self.requests: list[dict[str, list[Any]]] = []
@@ -66,7 +66,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         values = received(next(requests))
         self.requests.append(values)
         question = values["text_input"][0].decode()
-        if question != "silence":
+        if question.startswith("say "):
+            yield of(piece(question.removeprefix("say ")))
+        elif question != "silence":
             yield of(piece("1"))
             yield of(piece("9"))
         if question in ("hang", "silence"):

@@ -114,7 +114,7 @@ def _file_bytes(name: str, path: str, most_bytes: int) -> bytes:
         found = os.stat(path)  # noqa: PTH116  # a path may hold what Path objects to
         for is_kind, words in _FILE_KINDS:
             if is_kind(found.st_mode):
-                raise NvlmError(f"{name}: {label} {words}", hint="give the path of a JPEG, PNG or WebP file")
+                raise NvlmError(f"{name}: {label} {words}", hint="give the path of a JPEG, PNG or WebP file on a disk")
         _require_size(f"{name}: {label}", found.st_size, most_bytes)
         return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
 import signal
 import socket
@@ -342,10 +344,65 @@ def test_a_server_that_cannot_load_shows_its_log(repository, tmp_path) -> None:
     shutil.copytree(repository, broken)
     (broken / "preprocessing" / "1" / "tokenizer.json").write_text("{}")
     with (
-        pytest.raises(MachineError, match=r"(?s)ended with status.*not a readable tokenizer"),
+        pytest.raises(MachineError, match=r"(?s)ended with status.*not a readable tokenizer") as failure,
         TritonServer(broken, ServerChoices(ports=Ports.free())),
     ):
         pass
+    cause = failure.value.message.splitlines()[1]
+    assert cause.startswith(f"  model preprocessing: NvlmError: {broken}/preprocessing/1/tokenizer.json is not")
+    for always in ("CUDA", "NVML", "DCGM"):
+        assert always not in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("line", "telling"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by signal 11 (SIGSEGV)"),
+        ("os._exit(3)", "ended with status 3"),
+    ],
+)
+def test_a_model_whose_process_dies_while_loading_is_named_with_how(repository, tmp_path, line, telling) -> None:
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+
+    broken = tmp_path / "broken"
+    shutil.copytree(repository, broken)
+    model = broken / "postprocessing" / "1" / "model.py"
+    model.write_text(f"import os, signal, time\ntime.sleep(1)\n{line}\n")
+    with pytest.raises(MachineError) as failure, TritonServer(broken, ServerChoices(ports=Ports.free())):
+        pass
+    assert f"the process of model postprocessing {telling}" in failure.value.message
+
+
+@pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
+def test_a_server_is_served_and_asked_at_any_address_of_this_machine_past_any_proxy(repository, host) -> None:
+    """`nvlm serve` and `nvlm ask`, as a user types them."""
+    from nvlm_deploy.triton.server import Ports
+
+    free, nobody = Ports.free(), "http://127.0.0.1:9"
+    environment = os.environ | dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"), nobody)
+    nvlm = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()"]
+    ports = ["--grpc-port", free.grpc, "--http-port", free.http, "--metrics-port", free.metrics]
+    serving = subprocess.Popen(
+        [*nvlm, "serve", repository, "--host", host, *map(str, ports), "--json"],
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    try:
+        ready = json.loads(serving.stdout.readline())
+        place = f"[{host}]" if ":" in host else host
+        assert (ready["grpc"], ready["http"]) == (f"{place}:{free.grpc}", f"{place}:{free.http}")
+        asked = subprocess.run(
+            [*nvlm, "ask", "hello", "--url", ready["grpc"], "--max-tokens", "2", "--json"],
+            capture_output=True,
+            env=environment,
+            timeout=60,
+        )
+        assert asked.returncode == 0, asked.stderr
+        assert json.loads(asked.stdout)["num_output_tokens"] >= 1
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        serving.wait(60)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
@@ -399,5 +456,7 @@ def test_a_server_whose_stub_dies_is_noticed(repository) -> None:
     from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 
     with TritonServer(repository, ServerChoices(ports=Ports.free())) as server:
-        psutil.Process(server.process_id).children()[0].kill()
-        assert server.wait() == "one of its models' processes died"
+        stub = psutil.Process(server.process_id).children()[0]
+        model = Path(stub.cmdline()[1]).parent.parent.name
+        stub.kill()
+        assert server.wait().startswith(f"the process of model {model} was killed by signal 9 (SIGKILL")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -374,35 +374,18 @@ def test_a_model_whose_process_dies_while_loading_is_named_with_how(repository, 
 
 
 @pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
-def test_a_server_is_served_and_asked_at_any_address_of_this_machine_past_any_proxy(repository, host) -> None:
-    """`nvlm serve` and `nvlm ask`, as a user types them."""
-    from nvlm_deploy.triton.server import Ports
+def test_a_server_is_started_and_asked_at_any_address_of_this_machine_past_any_proxy(
+    repository, host, monkeypatch
+) -> None:
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 
-    free, nobody = Ports.free(), "http://127.0.0.1:9"
-    environment = os.environ | dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"), nobody)
-    nvlm = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()"]
-    ports = ["--grpc-port", free.grpc, "--http-port", free.http, "--metrics-port", free.metrics]
-    serving = subprocess.Popen(
-        [*nvlm, "serve", repository, "--host", host, *map(str, ports), "--json"],
-        stdout=subprocess.PIPE,
-        env=environment,
-        text=True,
-    )
-    try:
-        ready = json.loads(serving.stdout.readline())
-        place = f"[{host}]" if ":" in host else host
-        assert (ready["grpc"], ready["http"]) == (f"{place}:{free.grpc}", f"{place}:{free.http}")
-        asked = subprocess.run(
-            [*nvlm, "ask", "hello", "--url", ready["grpc"], "--max-tokens", "2", "--json"],
-            capture_output=True,
-            env=environment,
-            timeout=60,
-        )
-        assert asked.returncode == 0, asked.stderr
-        assert json.loads(asked.stdout)["num_output_tokens"] >= 1
-    finally:
-        serving.send_signal(signal.SIGTERM)
-        serving.wait(60)
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    ask = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()", "ask", "hello", "--max-tokens", "2"]
+    with TritonServer(repository, ServerChoices(ports=replace(Ports.free(), host=host))) as server:
+        asked = subprocess.run([*ask, "--url", server.grpc_url, "--json"], capture_output=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["num_output_tokens"] >= 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])

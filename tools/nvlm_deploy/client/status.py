@@ -20,7 +20,8 @@ _NOT_GRPC = re.compile(r"http1|http/1|parsing http/2|http2 header|content-type",
 _WITHOUT_GRPC = ("UNAVAILABLE", "UNKNOWN", "INTERNAL", "UNIMPLEMENTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
 # Triton's own texts for what is not the request's fault; those of our models begin with a code.
 _FAULT = re.compile(r"^failed to |stub process|queue size|shutting down|exiting|stopp(ing|ed accepting)", re.IGNORECASE)
-_START = "start one with `nvlm serve REPOSITORY`, or give its gRPC address with --url HOST:PORT"
+_PORT = "the port of its gRPC service: Triton's is 8001, 8000 is HTTP"
+_START = f"start one with `nvlm serve REPOSITORY`, or give --url HOST:PORT with {_PORT}"
 
 
 def error_from_text(route: Route, text: str) -> NvlmError:
@@ -57,8 +58,7 @@ def error_from_status(route: Route, code: str, details: str, *, has_begun: bool 
             hint="see the server's log, and ask again",
         )
     if code in _WITHOUT_GRPC and _NOT_GRPC.search(message):
-        wrong_port = "give the port of its gRPC service: Triton's is 8001, 8000 is HTTP"
-        return MachineError(f"what answers at {route} is not gRPC: {message}", hint=_hint(route, wrong_port))
+        return MachineError(f"what answers at {route} is not gRPC: {message}", hint=_hint(route, f"give {_PORT}"))
     if code == "UNIMPLEMENTED":
         return NvlmError(f"the server at {route} is not a Triton server: {message}", hint=_hint(route, _START))
     if code == "UNAVAILABLE" and _CONNECTION.search(message):

@@ -443,3 +443,4 @@ def test_a_server_whose_stub_dies_is_noticed(repository) -> None:
         model = Path(stub.cmdline()[1]).parent.parent.name
         stub.kill()
         assert server.wait().startswith(f"the process of model {model} was killed by signal 9 (SIGKILL")
+        assert server.log_ending() == ""

@@ -138,6 +138,11 @@ class TritonServer:
         """The last lines of the server's log that say something, without its tables."""
         return self._log.tail()
 
+    def log_ending(self) -> str:
+        """`log_tail` as the end of an error message; nothing when the log says nothing."""
+        tail = self.log_tail()
+        return f"\nits log ends:\n{tail}" if tail else ""
+
     def _bundled(self, folder: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
         """Command and environment of the wheel's server."""
         installation = find_installation()
@@ -182,8 +187,7 @@ class TritonServer:
         """What happened, which models did not load and why, which of their processes ended and how, and the log."""
         failed = [f"model {model}: {reason}" for model, reason in self._log.failed_models().items()]
         causes = "".join(f"\n  {cause}" for cause in (*failed, *self._models.failures))
-        tail = self.log_tail()
-        return MachineError(f"{what}{causes}" + (f"\nits log ends:\n{tail}" if tail else ""))
+        return MachineError(f"{what}{causes}{self.log_ending()}")
 
 
 @contextlib.contextmanager

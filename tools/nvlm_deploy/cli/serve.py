@@ -58,4 +58,4 @@ def serve(
     with TritonServer(repository, choices) as server:
         ready = {"grpc": server.grpc_url, "http": ports.http_url, "process_id": server.process_id}
         print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)
-        raise MachineError(f"tritonserver was stopped: {server.wait()}; its log ends:\n{server.log_tail()}")
+        raise MachineError(f"tritonserver was stopped: {server.wait()}{server.log_ending()}")

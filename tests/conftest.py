@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 MODELS = Path(__file__).parent / "models"
-if str(MODELS) not in sys.path:  # tests/models is a folder of scripts that import one another
-    sys.path.insert(0, str(MODELS))
+CLIENT = Path(__file__).parent / "client"  # both_clients.py is for tests of other folders, too
+for scripts in (MODELS, CLIENT):  # folders of scripts that import one another
+    if str(scripts) not in sys.path:
+        sys.path.insert(0, str(scripts))
 
 # a shell that starts us in the background has SIGINT ignored, and every child would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)

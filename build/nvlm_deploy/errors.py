@@ -16,6 +16,8 @@ class NvlmError(Exception):
     """The input is wrong: says what was found, what was expected, where; `hint` is a mend to paste."""
 
     exit_code = 2
+    # the text that had come of an answer whose stream then failed; empty for every other error
+    partial = ""
 
     def __init__(self, message: str, *, hint: str | None = None, details: Mapping[str, Any] | None = None) -> None:
         """`details` are for programs: they stand beside the error in the document that --json prints."""

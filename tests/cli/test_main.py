@@ -70,6 +70,29 @@ def test_what_a_verb_raises_becomes_an_exit_code(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["build", "x"], "interrupted; run it again to resume\n"),
+        (["-v", "calibrate-llm", "x"], "interrupted; run it again to resume\n"),
+        (["demo"], "interrupted; run it again to resume\n"),
+        (["serve", "x"], "interrupted\n"),
+        (["ask", "x"], "interrupted\n"),
+        (["doctor"], "interrupted\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_only_what_can_be_resumed_says_so(arguments, said, monkeypatch, capsys) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupt)
+    assert main._exit_code(arguments) == 130
+    assert capsys.readouterr().err == said
+    assert main._exit_code([*arguments, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"] == {"message": said.strip(), "hint": None, "exit_code": 130}
+
+
 NVLM = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()"]
 
 

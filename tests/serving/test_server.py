@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -341,10 +343,48 @@ def test_a_server_that_cannot_load_shows_its_log(repository, tmp_path) -> None:
     shutil.copytree(repository, broken)
     (broken / "preprocessing" / "1" / "tokenizer.json").write_text("{}")
     with (
-        pytest.raises(MachineError, match=r"(?s)ended with status.*not a readable tokenizer"),
+        pytest.raises(MachineError, match=r"(?s)ended with status.*not a readable tokenizer") as failure,
         TritonServer(broken, ServerChoices(ports=Ports.free())),
     ):
         pass
+    cause = failure.value.message.splitlines()[1]
+    assert cause.startswith(f"  model preprocessing: NvlmError: {broken}/preprocessing/1/tokenizer.json is not")
+    for always in ("CUDA", "NVML", "DCGM"):
+        assert always not in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("line", "telling"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by signal 11 (SIGSEGV)"),
+        ("os._exit(3)", "ended with status 3"),
+    ],
+)
+def test_a_model_whose_process_dies_while_loading_is_named_with_how(repository, tmp_path, line, telling) -> None:
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+
+    broken = tmp_path / "broken"
+    shutil.copytree(repository, broken)
+    model = broken / "postprocessing" / "1" / "model.py"
+    model.write_text(f"import os, signal, time\ntime.sleep(1)\n{line}\n")
+    with pytest.raises(MachineError) as failure, TritonServer(broken, ServerChoices(ports=Ports.free())):
+        pass
+    assert f"the process of model postprocessing {telling}" in failure.value.message
+
+
+@pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0", "::"])
+def test_a_server_is_started_and_asked_at_any_address_of_this_machine_past_any_proxy(
+    repository, host, monkeypatch
+) -> None:
+    from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
+
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    ask = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()", "ask", "hello", "--max-tokens", "2"]
+    with TritonServer(repository, ServerChoices(ports=replace(Ports.free(), host=host))) as server:
+        asked = subprocess.run([*ask, "--url", server.grpc_url, "--json"], capture_output=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["num_output_tokens"] >= 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
@@ -398,5 +438,8 @@ def test_a_server_whose_stub_dies_is_noticed(repository) -> None:
     from nvlm_deploy.triton.server import Ports, ServerChoices, TritonServer
 
     with TritonServer(repository, ServerChoices(ports=Ports.free())) as server:
-        psutil.Process(server.process_id).children()[0].kill()
-        assert server.wait() == "one of its models' processes died"
+        stub = psutil.Process(server.process_id).children()[0]
+        model = Path(stub.cmdline()[1]).parent.parent.name
+        stub.kill()
+        assert server.wait().startswith(f"the process of model {model} was killed by signal 9 (SIGKILL")
+        assert server.log_ending() == ""

@@ -5,12 +5,10 @@ Where the repository holds TensorRT-LLM's engines, the tritonserver of the conta
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +17,10 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.errors import MachineError
 from nvlm_deploy.triton.engine_fit import EngineFacts
 from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
@@ -31,13 +29,13 @@ from nvlm_deploy.triton.installation import (
     prepare_backend,
     server_environment,
 )
+from nvlm_deploy.triton.model_processes import ModelProcesses, ending
+from nvlm_deploy.triton.ports import Ports as Ports
 from nvlm_deploy.triton.repository import engine_facts, read_repository
+from nvlm_deploy.triton.server_log import ServerLog
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # where the python backend keeps its regions
 _MEMORY_PREFIX = "nvlm_"
-LOG_TAIL_LINES = 12
-# tables, information, and the import machinery inside tracebacks
-_DULL_LINES = ("+-", "| ", "I", "At:", "  <frozen")
 # tritonserver 2.51 copies the body of an HTTP request twice onto a thread's stack and dies of signal 11 where it does
 # not fit: at 8 MB, the usual limit, a picture of 3 MB in base64 is enough. Address space alone; memory is taken in use.
 _STACK_BYTES = 4 << 30
@@ -55,54 +53,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @dataclass(frozen=True)
-class Ports:
-    """Where the server listens, on `host`."""
-
-    grpc: int = 8001
-    http: int = 8000
-    metrics: int = 8002
-    host: str = "127.0.0.1"
-
-    @classmethod
-    def free(cls) -> Ports:
-        """Three ports that nobody listens on at the moment."""
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            return cls(*(each.getsockname()[1] for each in sockets))
-
-    def require_usable(self) -> None:
-        """Raises NvlmError where two are the same, or there is no address."""
-        if not self.host:
-            raise NvlmError("no address to listen on", hint="--host 127.0.0.1, or 0.0.0.0 for every interface")
-        if len({self.grpc, self.http, self.metrics}) < 3:
-            raise NvlmError(
-                f"gRPC, HTTP and metrics need three ports, not {self.grpc}, {self.http}, {self.metrics}",
-                hint="choose others: --grpc-port, --http-port, --metrics-port",
-            )
-
-    def require_free(self) -> None:
-        """As `require_usable`; raises MachineError naming the first port that is taken."""
-        self.require_usable()
-        for name, port in (("gRPC", self.grpc), ("HTTP", self.http), ("metrics", self.metrics)):
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self.host, port))
-                except (OSError, UnicodeError) as problem:  # a name with an empty part is no name for IDNA
-                    reason = problem.strerror if isinstance(problem, OSError) else "no such host name"
-                    raise MachineError(
-                        f"{name} port {port} on {self.host} cannot be used: {reason}",
-                        hint=f"stop what listens there (`ss -ltnp 'sport = :{port}'`) or choose another port",
-                    ) from None
-
-
-@dataclass(frozen=True)
 class ServerChoices:
     """How to run a server; times in seconds."""
 
-    ports: Ports = Ports()
+    ports: Ports = field(default_factory=Ports)
     ready_timeout_s: float = 300.0
     exit_timeout_s: int = 10
     log_file: Path | None = None
@@ -123,11 +77,13 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self.memory_name = f"{_MEMORY_PREFIX}{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         self.log_file = Path()
+        self._log = ServerLog(self.log_file)
+        self._models = ModelProcesses(0)
 
     @property
     def grpc_url(self) -> str:
-        """host:port for gRPC clients."""
-        return f"{self.choices.ports.host}:{self.choices.ports.grpc}"
+        """HOST:PORT for gRPC clients."""
+        return self.choices.ports.grpc_url
 
     @property
     def process_id(self) -> int:
@@ -149,6 +105,7 @@ class TritonServer:
             scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nvlm-triton-")))
             self.log_file = self.choices.log_file or scratch / "tritonserver.log"
             folder = plain_path(self.repository, scratch)
+            self._log = ServerLog(self.log_file, needs_gpu=facts is not None, links={folder: self.repository})
             if facts is None:
                 self._start(folder, *self._bundled(folder, scratch))
             else:
@@ -176,25 +133,21 @@ class TritonServer:
             remove_shared_memory(self.memory_name)
 
     def wait(self) -> str:
-        """Block until the server is no longer of use; says how it ended.
-
-        Triton neither restarts a python stub that died nor says that it is not ready any more.
-        """
-        import psutil
-
-        server = psutil.Process(self.process_id)
-        stubs = server.children()
-        while self._process is not None and self._process.poll() is None:
-            if any(not stub.is_running() or stub.status() == psutil.STATUS_ZOMBIE for stub in stubs):
-                return "one of its models' processes died"
+        """Block until the server is no longer of use; says what ended, and how."""
+        while self._process is not None and (status := self._process.poll()) is None:
+            if not self._models.look():
+                return "; ".join(self._models.endings)
             time.sleep(0.5)
-        return "it ended by itself"
+        return "it ended by itself" if self._process is None else f"it {ending(status)}"
 
     def log_tail(self) -> str:
         """The last lines of the server's log that say something, without its tables."""
-        with self.log_file.open(encoding="utf-8", errors="replace") as log:
-            lines = (line for line in log if line.strip() and not line.startswith(_DULL_LINES))
-            return "".join(line[:400].rstrip() + "\n" for line in collections.deque(lines, maxlen=LOG_TAIL_LINES))
+        return self._log.tail()
+
+    def log_ending(self) -> str:
+        """`log_tail` as the end of an error message; nothing when the log says nothing."""
+        tail = self.log_tail()
+        return f"\nits log ends:\n{tail}" if tail else ""
 
     def _bundled(self, folder: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:
         """Command and environment of the wheel's server."""
@@ -222,20 +175,25 @@ class TritonServer:
                 stderr=log,
                 start_new_session=True,
             )
+        self._models = ModelProcesses(self._process.pid)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.choices.ready_timeout_s
-        url = f"http://{self.choices.ports.host}:{self.choices.ports.http}/v2/health/ready"
+        url = self.choices.ports.readiness_url
         while not _answers(url):
             status = self._process.poll() if self._process is not None else None
             if status is not None:
-                raise MachineError(
-                    f"tritonserver ended with status {status} while loading; its log ends:\n{self.log_tail()}"
-                )
+                raise self._not_ready(f"tritonserver {ending(status)} while loading")
             if time.monotonic() > deadline:
-                waited = f"{self.choices.ready_timeout_s:g} s"
-                raise MachineError(f"tritonserver was not ready after {waited}; its log ends:\n{self.log_tail()}")
+                raise self._not_ready(f"tritonserver was not ready after {self.choices.ready_timeout_s:g} s")
+            self._models.look()
             time.sleep(0.1)
+
+    def _not_ready(self, what: str) -> MachineError:
+        """What happened, which models did not load and why, which of their processes ended and how, and the log."""
+        failed = [f"model {model}: {reason}" for model, reason in self._log.failed_models().items()]
+        causes = "".join(f"\n  {cause}" for cause in (*failed, *self._models.failures))
+        return MachineError(f"{what}{causes}{self.log_ending()}")
 
 
 @contextlib.contextmanager
@@ -273,7 +231,7 @@ def server_arguments(server: Path, repository: Path, choices: ServerChoices) -> 
         f"--model-repository={repository}",
         "--disable-auto-complete-config",
         f"--exit-timeout-secs={choices.exit_timeout_s}",
-        *(f"--{kind}-address={ports.host}" for kind in ("grpc", "http", "metrics")),
+        *ports.address_arguments(),
         f"--grpc-port={ports.grpc}",
         f"--http-port={ports.http}",
         f"--metrics-port={ports.metrics}",
@@ -316,8 +274,9 @@ def remove_abandoned_memory() -> None:
 
 
 def _answers(url: str) -> bool:
+    """Whether a server of this machine says yes, asked past any proxy of the environment."""
     try:
-        with urllib.request.urlopen(url, timeout=1) as response:  # noqa: S310  # our own http:// URL
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=1) as response:
             return bool(response.status == 200)
     except OSError:
         return False

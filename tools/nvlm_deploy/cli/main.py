@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
+from nvlm_deploy.cli.control_characters import visible
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.streams import open_ended_output
 from nvlm_deploy.errors import MachineError, NvlmError
@@ -29,6 +30,12 @@ for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, docto
     verb.register(app)
 
 INTERRUPTED = 130
+# what these had finished is kept
+_RESUMABLE = {"build", "demo", *build.HELP}
+
+
+class _Interrupted(NvlmError):  # noqa: N818  # what happened, not a fault
+    exit_code = INTERRUPTED
 
 
 @app.callback()
@@ -66,8 +73,8 @@ def _exit_code(arguments: list[str]) -> int:
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
         return _misused(problem.format_message(), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED
+        resumes = bool(_RESUMABLE & set(arguments[:2]))  # --verbose may come first
+        return _failed(_Interrupted(f"interrupted{'; run it again to resume' * resumes}"), as_json=as_json)
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:
@@ -93,16 +100,20 @@ def _failed(problem: NvlmError, *, as_json: bool) -> int:
     with contextlib.suppress(OSError):
         if as_json:
             error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
-            print(json.dumps({**problem.details, "error": error}), flush=True)
+            so_far = {"partial": problem.partial} if problem.partial else {}
+            print(json.dumps({**problem.details, "error": error | so_far}), flush=True)
     return problem.exit_code
 
 
 def _show(problem: NvlmError) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+    if problem.exit_code == INTERRUPTED:  # was wanted, and is no error
+        print(problem.message, file=sys.stderr)
+        return
     console.print("error:", style="bold red", end=" ")
-    console.print(wrapped(problem.message, first=7, rest=2), markup=False)
+    console.print(wrapped(visible(problem.message), first=7, rest=2), markup=False)
     if problem.hint:
-        console.print(f"  hint: {wrapped(problem.hint, first=8, rest=8)}", markup=False)
+        console.print(f"  hint: {wrapped(visible(problem.hint), first=8, rest=8)}", markup=False)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

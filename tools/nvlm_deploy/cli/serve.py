@@ -51,11 +51,11 @@ def serve(
     if dry_run:
         choices.ports.require_usable()
         command = command_to_paste(repository, choices)
-        would = {"repository": str(repository), "would_listen_on": f"{host}:{grpc_port}"}
+        would = {"repository": str(repository), "would_listen_on": ports.grpc_url}
         print(json.dumps(would | ({} if command is None else {"command": command})))
         return
     remove_caches(repository)
     with TritonServer(repository, choices) as server:
-        ready = {"grpc": server.grpc_url, "http": f"{host}:{http_port}", "process_id": server.process_id}
+        ready = {"grpc": server.grpc_url, "http": ports.http_url, "process_id": server.process_id}
         print(json.dumps(ready) if json_output else f"ready: gRPC {ready['grpc']}, HTTP {ready['http']}", flush=True)
-        raise MachineError(f"tritonserver was stopped: {server.wait()}; its log ends:\n{server.log_tail()}")
+        raise MachineError(f"tritonserver was stopped: {server.wait()}{server.log_ending()}")

@@ -6,14 +6,15 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from nvlm_deploy import tensors
-from nvlm_deploy.client.request import Generation
 from nvlm_deploy.client.wire import checked, is_final, output_values
 from nvlm_deploy.errors import MachineError
+from nvlm_deploy.machine.address import Route
 
-FinishReason = Literal["stop", "length"]
+# what a server says that names no reason at the end: older ones do so when an answer was cut at its longest length
+CUT = "length"
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer. Times are seconds on the monotonic clock of this machine."""
+    """A finished answer. Times are seconds on the monotonic clock of this machine.
+
+    `finish_reason` is the server's word: `stop` when the model ended or a stop word came, `length` when it was cut.
+    """
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: str
     num_input_tokens: int
     num_output_tokens: int
     sent_s: float
@@ -61,29 +65,38 @@ class Answer:
 class AnswerBuilder:
     """Collects the stream of one request."""
 
-    def __init__(self, url: str, generation: Generation) -> None:
-        self.url = url
-        self.generation = generation
+    def __init__(self, route: Route) -> None:
+        self.route = route
         self._sent_s = time.monotonic()
         self._ended_s: float | None = None
         self._pieces: list[Piece] = []
-        self._server_reason = ""
+        self._server_reason = CUT
         self._input_tokens = 0
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return "".join(piece.text for piece in self._pieces)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any of the answer has come."""
+        return bool(self._pieces)
 
     def add(self, message: Any) -> str:
         """Take one `ModelStreamInferResponse`; its text, empty for the one that only says the end.
 
         Raises the error that the server may send instead.
         """
-        response = checked(self.url, message)
+        response = checked(self.route, message)
         arrived_s = time.monotonic()
         if is_final(response):
             self._ended_s = arrived_s
-        values = output_values(response)
-        if not values:
+        values = output_values(self.route, response, tensors.RESPONSE_OUTPUTS)
+        if values is None:
             return ""
-        text: str = values[tensors.TEXT_OUTPUT.name].decode()
-        self._server_reason = values[tensors.FINISH_REASON.name].decode()
+        text: str = values[tensors.TEXT_OUTPUT.name]
+        self._server_reason = values[tensors.FINISH_REASON.name] or self._server_reason
         self._input_tokens = values[tensors.INPUT_TOKEN_COUNT.name]
         so_far = self._pieces[-1].output_tokens if self._pieces else 0
         self._pieces.append(Piece(text, arrived_s, so_far + values[tensors.OUTPUT_TOKEN_COUNT.name]))
@@ -93,27 +106,14 @@ class AnswerBuilder:
         """The whole answer; MachineError when the stream has ended without it."""
         if self._ended_s is None or not self._pieces:
             raise MachineError(
-                f"the server at {self.url} stopped in the middle of an answer", hint="see the server's log"
+                f"the server at {self.route} stopped in the middle of an answer", hint="see the server's log"
             )
-        tokens = self._pieces[-1].output_tokens
         return Answer(
-            text="".join(piece.text for piece in self._pieces),
-            finish_reason=finish_reason(self._server_reason, tokens, self.generation),
+            text=self.text,
+            finish_reason=self._server_reason,
             num_input_tokens=self._input_tokens,
-            num_output_tokens=tokens,
+            num_output_tokens=self._pieces[-1].output_tokens,
             sent_s=self._sent_s,
             ended_s=self._ended_s,
             pieces=tuple(self._pieces),
         )
-
-
-def finish_reason(server_reason: str, output_tokens: int, generation: Generation) -> FinishReason:
-    """Why an answer ended. The server only says `stop`, and only when the model itself ended.
-
-    What is left: the asked number of tokens is reached; a stop word came, if any was given; a limit of the server's.
-    """
-    if server_reason == "stop":
-        return "stop"
-    if generation.max_tokens is not None and output_tokens >= generation.max_tokens:
-        return "length"
-    return "stop" if generation.stop_words else "length"

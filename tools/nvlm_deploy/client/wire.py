@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from nvlm_deploy.client.status import error_from_status, error_from_text
-from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.client.status import error_from_text
+from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.machine.address import Route
 from nvlm_deploy.tensors import TensorSpec
 
 ENSEMBLE = "nvlm"
-# Images travel in the message; gRPC's own limit is 4 MiB.
-CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-
-
-def channel_to(url: str) -> Any:
-    """A gRPC channel; connects on first use."""
-    import grpc  # type: ignore[import-untyped, unused-ignore]
-
-    return grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
-
-
-def async_channel_to(url: str) -> Any:
-    """A gRPC channel of the running event loop."""
-    import grpc  # type: ignore[import-untyped, unused-ignore]
-
-    return grpc.aio.insecure_channel(url, options=CHANNEL_OPTIONS)
+# Protocol buffers hold less than 2 GiB; names and shapes need a few hundred bytes.
+MOST_REQUEST_BYTES = 2**31 - 2**16
 
 
 def service_on(channel: Any) -> Any:
@@ -39,29 +25,29 @@ def service_on(channel: Any) -> Any:
     return service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
-@contextlib.contextmanager
-def rpc_errors(url: str) -> Iterator[None]:
-    """A `grpc.RpcError` becomes the error it means to the user."""
-    import grpc  # type: ignore[import-untyped, unused-ignore]
+def readiness_request() -> Any:
+    """The question whether the ensemble is ready; its answer is a message with `ready`."""
+    from tritonclient.grpc import service_pb2
 
-    try:
-        yield
-    except grpc.RpcError as problem:
-        raise error_from_status(url, problem.code().name, problem.details() or "no details") from None
+    return service_pb2.ModelReadyRequest(name=ENSEMBLE)
 
 
 def infer_request(inputs: Iterable[tuple[TensorSpec, Sequence[Any]]]) -> Any:
-    """The `ModelInferRequest` for one streamed answer, with an id of its own.
+    """The `ModelInferRequest` for one streamed answer, with an id of its own, which the server's log shows.
 
-    The id is what postprocessing keeps its detokenisation state by. Raises NvlmError for a whole number that its tensor
-    cannot hold.
+    Raises NvlmError for more bytes than a message holds.
     """
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=ENSEMBLE, id=str(uuid.uuid4()))
+    size_bytes = 0
     for spec, values in inputs:
+        raw = _raw(spec, values)
+        size_bytes += len(raw)
+        if size_bytes > MOST_REQUEST_BYTES:
+            raise NvlmError(f"the request has {size_bytes:,} bytes, at most {MOST_REQUEST_BYTES:,} can be sent")
         request.inputs.add(name=spec.name, datatype=_datatype(spec), shape=[len(values)])
-        request.raw_input_contents.append(_raw(spec, values))
+        request.raw_input_contents.append(raw)
     # Without it the server says nothing after the last piece, and its end could not be told from a broken stream.
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     return request
@@ -72,23 +58,41 @@ def is_final(response: Any) -> bool:
     return bool(response.parameters["triton_final_response"].bool_param)
 
 
-def output_values(response: Any) -> dict[str, Any]:
-    """The first value of each output, bytes or a number; nothing for the response that only says the end."""
+def output_values(route: Route, response: Any, expected: Sequence[TensorSpec]) -> dict[str, Any] | None:
+    """The first value of each expected output, text or a number; None for the response that only says the end.
+
+    Raises MachineError when one is missing or of another kind: a model of that name, but not ours.
+    """
     from tritonclient.grpc import InferResult
 
+    if not response.outputs:
+        return None
     result = InferResult(response)
-    return {output.name: result.as_numpy(output.name).reshape(-1).tolist()[0] for output in response.outputs}
+    try:
+        return {spec.name: _value(spec, result.as_numpy(spec.name)) for spec in expected}
+    except (AttributeError, IndexError, TypeError, ValueError):
+        found = ", ".join(output.name for output in response.outputs)
+        raise MachineError(
+            f"the model {ENSEMBLE} of the server at {route} answers with {found}; "
+            f"expected {', '.join(spec.name for spec in expected)}",
+            hint="serve a repository that this version of nvlm built",
+        ) from None
 
 
-def checked(url: str, message: Any) -> Any:
+def checked(route: Route, message: Any) -> Any:
     """The `ModelInferResponse` in one message of the stream; raises the error that a server may put in its place.
 
     Such an error is a text without a status code. The header `triton_grpc_error`, which asks for codes, is not sent: it
     makes tritonserver 2.51 die of signal 11 as soon as some request fails.
     """
     if message.error_message:
-        raise error_from_text(url, message.error_message)
+        raise error_from_text(route, message.error_message)
     return message.infer_response
+
+
+def _value(spec: TensorSpec, array: Any) -> str | int:
+    first = array.reshape(-1).tolist()[0]
+    return first.decode(errors="replace") if spec.dtype == "string" else int(first)
 
 
 def _datatype(spec: TensorSpec) -> str:
@@ -98,15 +102,5 @@ def _datatype(spec: TensorSpec) -> str:
 def _raw(spec: TensorSpec, values: Sequence[Any]) -> bytes:
     """Numbers little-endian; each string behind its length in four bytes."""
     if spec.dtype == "string":
-        return b"".join(len(value).to_bytes(4, "little") + value for value in values)
-    dtype = np.dtype(spec.dtype)
-    if dtype.kind in "iu":
-        _require_range(spec, values, np.iinfo(dtype))
-    return np.array(values, dtype=dtype).tobytes()
-
-
-def _require_range(spec: TensorSpec, values: Sequence[int], limits: Any) -> None:
-    """numpy 1.26 wraps a number that is too large around with a mere warning."""
-    for value in values:
-        if not limits.min <= value <= limits.max:
-            raise NvlmError(f"{spec.name} is {value}, expected {limits.min} to {limits.max}")
+        return b"".join(part for value in values for part in (len(value).to_bytes(4, "little"), value))
+    return np.array(values, dtype=spec.dtype).tobytes()

@@ -16,14 +16,17 @@ from rich.console import Console
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.streams import open_ended_output
+from nvlm_deploy.cli.verbs import Verbs
 from nvlm_deploy.errors import MachineError, NvlmError
 
+# markdown would take `<image>` for a tag and drop it, rich's own marks would take `[name]`: helps are plain text
 app = typer.Typer(
+    cls=Verbs,
     help="NVLM-D-72B to a Triton Inference Server ensemble: build, serve, ask, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
 )
 for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
     verb.register(app)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from nvlm_deploy.cli.options import CheckpointArgument, JsonOption, ProfileOption, WorkspaceOption
+from nvlm_deploy.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from nvlm_deploy.validate.tasks import Comparison
     from nvlm_deploy.vision.numerics.report import NumericsReport
 
-group = typer.Typer(help="Compare a candidate with its reference.", no_args_is_help=True)
+group = typer.Typer(cls=Verbs, help="Compare a candidate with its reference.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:

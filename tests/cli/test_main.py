@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.cli import main
+from nvlm_deploy.cli.interruption import Interruption
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.main import run
 from nvlm_deploy.errors import NvlmError, RejectedError
@@ -66,7 +67,7 @@ def test_what_a_verb_raises_becomes_an_exit_code(
         raise problem
 
     monkeypatch.setattr(main, "app", fail)
-    assert main._exit_code(["inspect", "x"]) == code
+    assert main._exit_code(["inspect", "x"], Interruption()) == code
     assert word in capsys.readouterr().err
 
 
@@ -142,7 +143,7 @@ def test_errors_are_as_wide_as_the_terminal_and_80_at_most(columns, monkeypatch,
 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(main, "app", fail)
-    assert main._exit_code(["inspect"]) == 1
+    assert main._exit_code(["inspect"], Interruption()) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("error: some words ")
     assert "    a line of its own" in lines
@@ -188,7 +189,7 @@ def test_marks_in_a_message_are_shown_as_they_are(monkeypatch, capsys) -> None:
         raise NvlmError("[red]x[/red] :cat: `y")
 
     monkeypatch.setattr(main, "app", fail)
-    main._exit_code([])
+    main._exit_code([], Interruption())
     assert capsys.readouterr().err == "error: [red]x[/red] :cat: `y\n"
 
 

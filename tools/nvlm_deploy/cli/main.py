@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import sys
 import traceback
-from types import FrameType
 
 import typer
 from rich.console import Console
 
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
+from nvlm_deploy.cli.interruption import INTERRUPTED, Interruption
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.streams import open_ended_output
 from nvlm_deploy.cli.verbs import Verbs
@@ -23,15 +22,12 @@ from nvlm_deploy.errors import MachineError, NvlmError
 app = typer.Typer(
     cls=Verbs,
     help="NVLM-D-72B to a Triton Inference Server ensemble: build, serve, ask, measure.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
     verb.register(app)
-
-INTERRUPTED = 130
 
 
 @app.callback()
@@ -50,14 +46,14 @@ class _Lines(logging.Handler):
 def run(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the answer is no, 2 wrong input, 3 tool or machine failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interruption = Interruption()
+    interruption.listen()
     with open_ended_output():
-        code = _exit_code(arguments)
+        code = _exit_code(arguments, interruption)
     sys.exit(code)
 
 
-def _exit_code(arguments: list[str]) -> int:
+def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments, standalone_mode=False)
@@ -69,8 +65,9 @@ def _exit_code(arguments: list[str]) -> int:
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
         return _misused(problem.format_message(), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED
+        words, ending = interruption.ending(arguments)
+        print(words, file=sys.stderr)
+        return ending
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:
@@ -106,8 +103,3 @@ def _show(problem: NvlmError) -> None:
     console.print(wrapped(problem.message, first=7, rest=2), markup=False)
     if problem.hint:
         console.print(f"  hint: {wrapped(problem.hint, first=8, rest=8)}", markup=False)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """A polite kill ends like Ctrl-C: servers are stopped, temporary folders removed."""
-    raise KeyboardInterrupt

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nvlm_deploy.validate.tasks import Comparison
     from nvlm_deploy.vision.numerics.report import NumericsReport
 
-group = typer.Typer(cls=Verbs, help="Compare a candidate with its reference.", no_args_is_help=True)
+group = typer.Typer(cls=Verbs, help="Compare a candidate with its reference.")
 
 
 def register(app: typer.Typer) -> None:

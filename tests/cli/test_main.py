@@ -42,6 +42,30 @@ def test_a_misused_command_is_wrong_input(arguments: list[str], word: str, capsy
     assert "Traceback" not in shown.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["plan", "--images", "x"], "'--images'", "`nvlm plan --help`"),
+        (["serve", "x", "--grpc-port=0"], "given: '0'", "`nvlm serve --help`"),
+        (["plan", "--images", "two"], "given: 'two'", "`nvlm plan --help`"),
+        (["validate", "numerics", "x", "--tiles", "0"], "given: '0'", "`nvlm validate numerics --help`"),
+        (["validate", "bogus"], "No such command 'bogus'", "`nvlm validate --help`"),
+        (["build", "x", "--bogus"], "No such option: --bogus", "`nvlm build --help`"),
+        (["bogus"], "No such command 'bogus'", "`nvlm --help`"),
+        (["ask"], "Missing argument 'question'", "`nvlm ask --help`"),
+        (["plan", "-p"], "'-p' requires an argument", "`nvlm plan --help`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_misuse_repeats_the_value_and_names_the_help_of_its_verb(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(*arguments, "--json") == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert message in error["message"]
+    assert error["hint"] == hint
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of() == 2
     shown = capsys.readouterr()

@@ -14,6 +14,7 @@ from rich.console import Console
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.cli.interruption import INTERRUPTED, Interruption
 from nvlm_deploy.cli.lines import wrapped
+from nvlm_deploy.cli.misuse import misuse
 from nvlm_deploy.cli.streams import open_ended_output
 from nvlm_deploy.cli.verbs import Verbs
 from nvlm_deploy.errors import MachineError, NvlmError
@@ -56,14 +57,14 @@ def run(arguments: list[str] | None = None) -> None:
 def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     as_json = "--json" in arguments
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="nvlm", standalone_mode=False)
         print(end="", flush=True)
         if code == INTERRUPTED:  # typer's own way to say that Ctrl-C was pressed
             raise KeyboardInterrupt
     except NvlmError as problem:
         return _failed(problem, as_json=as_json)
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
-        return _misused(problem.format_message(), as_json=as_json)
+        return _failed(misuse(problem, arguments), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         words, ending = interruption.ending(arguments)
         print(words, file=sys.stderr)
@@ -78,12 +79,6 @@ def _exit_code(arguments: list[str], interruption: Interruption) -> int:
         bug = MachineError(f"{type(problem).__name__}: {problem}", hint="this is a bug of nvlm: report the lines above")
         return _failed(bug, as_json=as_json)
     return code if isinstance(code, int) else 0
-
-
-def _misused(message: str, *, as_json: bool) -> int:
-    """The message is empty when the help was shown instead."""
-    wrong = NvlmError(message, hint="`nvlm --help`, `nvlm VERB --help`")
-    return _failed(wrong, as_json=as_json) if message else wrong.exit_code
 
 
 def _failed(problem: NvlmError, *, as_json: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ def misuse(problem: Any, arguments: Sequence[str]) -> NvlmError:
     context, parameter = getattr(problem, "ctx", None), getattr(problem, "param", None)
     value = None if parameter is None else _value_of(parameter.opts, arguments)
     given = "" if value is None else f"; given: {value!r}"
-    verb = "nvlm" if context is None else context.command_path
+    typed = " ".join(["nvlm", *itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[:1])])
+    verb = typed if context is None else context.command_path
     return NvlmError(f"{problem.format_message()}{given}", hint=f"`{verb} --help`")
 
 

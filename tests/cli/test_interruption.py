@@ -96,6 +96,27 @@ def test_a_server_that_still_loads_stops_as_well(built_repository: Path) -> None
 
 
 @pytest.mark.slow
+def test_what_a_killed_server_left_is_cleared_by_the_next(
+    built_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    ports = Ports.free()
+    options = ["--grpc-port", ports.grpc, "--http-port", ports.http, "--metrics-port", ports.metrics]
+    first = started(["serve", str(built_repository), *map(str, options)], until="ready")
+    family = psutil.Process(first.pid).children(recursive=True)
+    (left,) = tmp_path.glob("nvlm-*")
+    first.kill()
+    first.wait()
+    psutil.wait_procs(family, timeout=60)
+    assert left.is_dir()
+    second = started(["serve", str(built_repository), *map(str, options)], until="ready")
+    (fresh,) = tmp_path.glob("nvlm-*")
+    assert fresh != left
+    assert ended(second, signal.SIGTERM) == (0, "stopped")
+    assert [*tmp_path.glob("nvlm-*")] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_build_says_how_to_go_on_and_goes_on(
     number: signal.Signals, tiny_folder: Path, tmp_path: Path

@@ -16,6 +16,7 @@ ROOTS = [REPOSITORY / root / "nvlm_deploy" for root in ("build", "triton_repo", 
 RANK = {
     "errors": 0,
     "progress": 0,
+    "scratch": 1,
     "digest": 0,
     "tensors": 1,
     "profile": 1,

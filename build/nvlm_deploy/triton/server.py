@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.triton.engine_fit import EngineFacts
 from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
@@ -140,7 +140,7 @@ class TritonServer:
         self.choices.ports.require_free()
         remove_abandoned_memory()
         with self._stack:
-            scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nvlm-triton-")))
+            scratch = self._stack.enter_context(scratch_folder("triton"))
             self.log_file = self.choices.log_file or scratch / "tritonserver.log"
             folder = plain_path(self.repository, scratch)
             if facts is None:

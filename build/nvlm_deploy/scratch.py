@@ -1,8 +1,8 @@
 """Scratch folders in the temporary directory that do not outlive their owner, however it died.
 
 A folder `nvlm-PURPOSE-RANDOM` holds a file `owner`, which its process keeps locked. The kernel releases the lock when
-the process ends, also on SIGKILL. So a folder of this user whose `owner` can be locked is abandoned, and the next scratch
-folder's maker removes it. Process ids decide nothing: they are used again, and containers count them separately.
+the process ends, also on SIGKILL. So a folder of this user whose `owner` can be locked is abandoned, and whoever makes
+the next scratch folder removes it. Process ids decide nothing: they are used again, and containers count their own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from nvlm_deploy.cli.verbs import Verbs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nvlm_deploy.report.measurement import Verdict
+    from nvlm_deploy.report.measurement import IntervalVerdict
     from nvlm_deploy.validate.tasks import Comparison
     from nvlm_deploy.vision.numerics.report import NumericsReport
 
@@ -43,6 +43,8 @@ def accuracy(
     """Right answers of the built model against the unquantised checkpoint's, on the same questions.
 
     Without URLs both run in this process: the checkpoint as it is, and what `nvlm build` made in the workspace.
+    Exit code 0 when the whole 95 % interval of the loss is within --max-drop, 1 when it is beyond it, and 1 with the
+    verdict "undecided" when so few questions show neither.
     """
     from nvlm_deploy.profile import load_profile
     from nvlm_deploy.recipe import Recipe
@@ -119,7 +121,7 @@ def _print_numerics(report: NumericsReport, served: Mapping[str, Any] | None) ->
         console.print(f"the engine: not run: {served['why']}", markup=False)
 
 
-def _print_json(comparison: Comparison, verdict: Verdict, candidate: str) -> None:
+def _print_json(comparison: Comparison, verdict: IntervalVerdict, candidate: str) -> None:
     from nvlm_deploy.validate.accuracy import comparison_as_json, model_results
 
     results = model_results(comparison, reference="unquantised", candidate=candidate)
@@ -131,8 +133,9 @@ def _print_json(comparison: Comparison, verdict: Verdict, candidate: str) -> Non
     print(json.dumps(document, indent=2))
 
 
-def _print_tables(comparison: Comparison, verdict: Verdict, candidate: str) -> None:
-    from nvlm_deploy.report.tables import difference_sentence, results_table, verdict_table
+def _print_tables(comparison: Comparison, verdict: IntervalVerdict, candidate: str) -> None:
+    from nvlm_deploy.report.measurement import Outcome
+    from nvlm_deploy.report.tables import difference_sentence, results_table, undecided_sentence, verdict_table
     from nvlm_deploy.validate.accuracy import model_results
 
     console = Console(highlight=False)
@@ -140,3 +143,5 @@ def _print_tables(comparison: Comparison, verdict: Verdict, candidate: str) -> N
     difference = comparison.differences["all"]
     console.print(difference_sentence("unquantised", candidate, difference, comparison.agreement))
     console.print(verdict_table([verdict]))
+    if verdict.outcome is Outcome.UNDECIDED:
+        console.print(undecided_sentence(verdict), markup=False)

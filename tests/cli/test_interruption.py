@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nvlm_deploy.cli import main
 from nvlm_deploy.cli.interruption import Ending, Interruption
 from nvlm_deploy.steps.order import STEPS
 from nvlm_deploy.triton.server import Ports
@@ -37,6 +39,20 @@ def test_what_can_be_resumed_says_so(verb: str) -> None:
 @pytest.mark.parametrize("verb", OTHERS)
 def test_what_cannot_be_resumed_does_not_say_so(verb: str) -> None:
     assert Interruption().ending([verb, "build"]) == Ending("interrupted", 130)
+
+
+@pytest.mark.parametrize(("verb", "words"), [("ask", "interrupted"), ("build", "interrupted; run it again to resume")])
+def test_an_interruption_is_one_document_too(
+    verb: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "app", interrupted)
+    assert main._exit_code([verb, "x", "--json"], Interruption()) == 130
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"] == {"message": words, "hint": None, "exit_code": 130}
+    assert shown.err == f"{words}\n"
 
 
 def started(arguments: list[str], *, until: str) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
-from nvlm_deploy.cli.interruption import INTERRUPTED, Interruption
+from nvlm_deploy.cli.interruption import INTERRUPTED, Ending, Interruption
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.misuse import misuse
 from nvlm_deploy.cli.streams import open_ended_output
@@ -66,9 +66,7 @@ def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
         return _failed(misuse(problem, arguments), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        words, ending = interruption.ending(arguments)
-        print(words, file=sys.stderr)
-        return ending
+        return _ended(interruption.ending(arguments), as_json=as_json)
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:
@@ -81,15 +79,28 @@ def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _ended(ending: Ending, *, as_json: bool) -> int:
+    """Its words on stderr; with --json an interruption is a failure, so there is a document."""
+    with contextlib.suppress(OSError):
+        print(ending.words, file=sys.stderr)
+    if as_json and ending.exit_code:
+        _print_error(NvlmError(ending.words), ending.exit_code)
+    return ending.exit_code
+
+
 def _failed(problem: NvlmError, *, as_json: bool) -> int:
     """The error for people on stderr; with --json also as the one document on stdout."""
     with contextlib.suppress(OSError):  # a full disk behind the output: nobody to tell
         _show(problem)
-    with contextlib.suppress(OSError):
-        if as_json:
-            error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
-            print(json.dumps({"error": error}), flush=True)
+    if as_json:
+        _print_error(problem, problem.exit_code)
     return problem.exit_code
+
+
+def _print_error(problem: NvlmError, exit_code: int) -> None:
+    error = {"message": problem.message, "hint": problem.hint, "exit_code": exit_code}
+    with contextlib.suppress(OSError):
+        print(json.dumps({"error": error}), flush=True)
 
 
 def _show(problem: NvlmError) -> None:

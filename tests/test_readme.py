@@ -35,9 +35,10 @@ def blocks() -> list[str]:
     return [line.removeprefix("    ") for line in README.splitlines() if line.startswith("    nvlm ")]
 
 
-def verb_of(line: str) -> list[str]:
-    """The words behind `nvlm` up to the first that is no verb of it, and the options that follow."""
-    return shlex.split(line.split("#")[0].split(";")[0].rstrip(" &"))[1:]
+def words_of(line: str) -> list[str]:
+    """The words behind `nvlm`, without the marks of a choice, a second command or a comment."""
+    first = line.split("#")[0].split(";")[0].rstrip(" &")
+    return shlex.split(re.sub(r"[][|]", " ", first))[1:]
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_every_command_of_the_readme_is_one_that_exists() -> None:
     for line in [*blocks(), *block_after(INTRODUCTION)]:
         if not line.startswith("nvlm "):
             continue
-        words = verb_of(line)
+        words = words_of(line)
         verb = [words[0], *words[1:2]] if words[0] == "validate" else words[:1]
         assert words[0] in commands.commands, line  # type: ignore[attr-defined]
         shown = CliRunner().invoke(app, [*verb, "--help"]).output

@@ -17,6 +17,7 @@ RANK = {
     "errors": 0,
     "progress": 0,
     "scratch": 1,
+    "places": 1,
     "digest": 0,
     "tensors": 1,
     "profile": 1,

@@ -15,6 +15,7 @@ from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, s
 from nvlm_deploy.cli.interruption import INTERRUPTED, Ending, Interruption
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.misuse import misuse
+from nvlm_deploy.cli.os_errors import machine_error
 from nvlm_deploy.cli.streams import open_ended_output
 from nvlm_deploy.cli.verbs import Verbs
 from nvlm_deploy.errors import MachineError, NvlmError
@@ -70,8 +71,7 @@ def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:
-        place = f"{problem.filename}: " if problem.filename else ""
-        return _failed(MachineError(f"{place}{problem.strerror or type(problem).__name__}"), as_json=as_json)
+        return _failed(machine_error(problem), as_json=as_json)
     except Exception as problem:
         traceback.print_exc()
         bug = MachineError(f"{type(problem).__name__}: {problem}", hint="this is a bug of nvlm: report the lines above")

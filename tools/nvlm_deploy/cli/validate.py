@@ -46,6 +46,7 @@ def accuracy(
     Exit code 0 when the whole 95 % interval of the loss is within --max-drop, 1 when it is beyond it, and 1 with the
     verdict "undecided" when so few questions show neither.
     """
+    from nvlm_deploy.places import require_folder
     from nvlm_deploy.profile import load_profile
     from nvlm_deploy.recipe import Recipe
     from nvlm_deploy.samples import read_samples
@@ -55,6 +56,8 @@ def accuracy(
 
     questions = Questions(read_samples(samples, limit=limit), max_tokens, concurrency)
     recipe = Recipe(checkpoint, load_profile(profile), workspace)
+    if not (url and reference_url):
+        require_folder(checkpoint, "checkpoint folder")
     # the candidate first: it may not have been built
     candidate = questions.to_server(url) if url else questions.in_process(lambda: built_model(recipe), profile)
     if reference_url:

@@ -17,7 +17,7 @@ RANK = {
     "errors": 0,
     "progress": 0,
     "scratch": 1,
-    "places": 1,
+    "places": 0.5,  # knows errors alone, and is asked by what reads any file
     "digest": 0,
     "tensors": 1,
     "profile": 1,

@@ -164,10 +164,10 @@ def read_header(shard: Path) -> list[TensorInfo]:
             raise _truncated(shard, file_size, 8)
         header_size = struct.unpack("<Q", prefix)[0]
         header = file.read(min(header_size, _MAX_HEADER_BYTES))
-        if header_size > _MAX_HEADER_BYTES or not header.startswith(b"{"):  # the format's own rules
-            raise _foreign(shard)
-        if header_size > file_size - 8:
-            raise _truncated(shard, file_size, header_size + 8)
+    if header_size > _MAX_HEADER_BYTES or (len(header) < header_size and not header.startswith(b"{")):
+        raise _foreign(shard)
+    if len(header) < header_size:
+        raise _truncated(shard, file_size, header_size + 8)
     infos = _infos(header, shard)
     end = 8 + header_size + max((info.offset + info.size_bytes for info in infos), default=0)
     if file_size != end:

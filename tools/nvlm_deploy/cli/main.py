@@ -55,7 +55,7 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _exit_code(arguments: list[str], interruption: Interruption) -> int:
+def _exit_code(arguments: list[str], interruption: Interruption | None = None) -> int:
     as_json = "--json" in arguments
     try:
         code = app(arguments, prog_name="nvlm", standalone_mode=False)
@@ -67,7 +67,7 @@ def _exit_code(arguments: list[str], interruption: Interruption) -> int:
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
         return _failed(misuse(problem, arguments), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _ended(interruption.ending(arguments), as_json=as_json)
+        return _ended((interruption or Interruption()).ending(arguments), as_json=as_json)
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nvlm_deploy.errors import NvlmError, faults_of
+from nvlm_deploy.places import require_folder
 
 MANIFEST_NAME = "manifest.json"
 EVIDENCE_LEVELS = ("measured", "contract-checked", "published", "derived", "not run")
@@ -79,9 +80,10 @@ def sha256_of_json(value: object) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises NvlmError when a folder has no manifest, or one with a byte other than it was written with."""
+    require_folder(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise NvlmError(f"{folder} has no {MANIFEST_NAME}: not a finished artifact", hint="build it again")
+        raise NvlmError(f"{folder} has no {MANIFEST_NAME}: not a finished artifact", hint="`nvlm build` makes it")
     hint = f"remove {folder} and build it again"
     text = path.read_bytes()
     try:

@@ -243,7 +243,7 @@ def _opened(lock: Path) -> TextIO:
             raise
         raise MachineError(
             f"{lock.parent} cannot be written to: {problem.strerror}",
-            hint="mend what its path names, or choose another --workspace",
+            hint="choose another: --workspace FOLDER",
         ) from problem
 
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from nvlm_deploy.errors import NvlmError, unknown_name
 from nvlm_deploy.image_file.limits import MOST_PIXELS, ImageLimits
 from nvlm_deploy.image_file.reading import ImageReading, View, colour_of
+from nvlm_deploy.places import require_file
 
 # more of anything is a slip of the finger
 _MOST = 1_000_000_000
@@ -132,10 +133,9 @@ def load_profile(name_or_path: str) -> Profile:
         path = profile_folder() / f"{name_or_path}.toml"
         if name_or_path not in profile_names():
             raise unknown_name("profile", name_or_path, profile_names())
+    require_file(path, "profile file")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise NvlmError(f"no profile file {path}: {problem.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise NvlmError(f"{path} is not TOML: {problem}") from problem
     try:
@@ -154,6 +154,8 @@ def _one_error(error: dict[str, Any]) -> str:
         return f"unknown key {place!r}{_nearest(error['loc'])}"
     if error["type"] == "missing":
         return f"key {place!r} is missing"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{place} is {error['input']!r}: expected lower-case letters, digits, . _ -, a letter or digit first"
     return f"{place} is {error['input']!r}: {error['msg'].lower()}"
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.places import require_file, require_folder
 
 SAMPLES_NAME = "samples.jsonl"
 TAKE_OUT = "mend its line or take it out of the list"
@@ -55,9 +56,11 @@ def read_samples(folder: Path, *, limit: int | None = None) -> list[Sample]:
 
 def read_placed_samples(folder: Path, *, limit: int | None = None) -> list[PlacedSample]:
     """As `read_samples`, each with its line."""
+    require_folder(folder)
     path = folder / SAMPLES_NAME
-    if not path.is_file():
+    if not path.exists():
         raise NvlmError(f"no {SAMPLES_NAME} in {folder}", hint="one JSON object a line: question, answer, images")
+    require_file(path)
     try:
         # not splitlines(): a JSON string may hold U+2028 as it is
         lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1)

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nvlm_deploy.artifacts import SIGNATURE_NAME, verify, write_text
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.manifest import MANIFEST_NAME, read_manifest
+from nvlm_deploy.places import require_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-_MAKE_KEY = "`openssl genpkey -algorithm ed25519 -out key.pem`, `openssl pkey -in key.pem -pubout -out public.pem`"
+_LOCKED = "a private key with a password"
+_ORIGIN = {
+    "private": "`openssl genpkey -algorithm ed25519 -out key.pem` makes one",
+    "public": "ask who signed it: `openssl pkey -in key.pem -pubout -out public.pem` writes the public half of the key",
+}
 
 
 def sign(folders: Iterable[Path], key: Ed25519PrivateKey, *, dry_run: bool = False) -> list[Path]:
@@ -61,24 +66,45 @@ def require_signature(folder: Path, key: Ed25519PublicKey) -> None:
 
 
 def private_key(path: Path) -> Ed25519PrivateKey:
-    """An Ed25519 key without a password. Raises NvlmError for anything else."""
-    from_pem = _serialization().load_pem_private_key
-    key = _loaded(path, lambda pem: from_pem(pem, password=None))
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    if not isinstance(key, Ed25519PrivateKey):
-        raise NvlmError(f"{path} is no Ed25519 key", hint=_MAKE_KEY)
-    return key
+    """An Ed25519 key without a password. Raises NvlmError for anything else, saying what it is."""
+    return cast("Ed25519PrivateKey", _key(path, "private", {_LOCKED: f"`openssl pkey -in {path} -out key.pem`"}))
 
 
 def public_key(path: Path) -> Ed25519PublicKey:
-    """Raises NvlmError for anything but an Ed25519 public key."""
-    key = _loaded(path, _serialization().load_pem_public_key)
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    """Raises NvlmError for anything but an Ed25519 public key, saying what it is."""
+    half = f"`openssl pkey -in {path} -pubout -out public.pem`"
+    return cast("Ed25519PublicKey", _key(path, "public", {_LOCKED: half, "an Ed25519 private key": half}))
 
-    if not isinstance(key, Ed25519PublicKey):
-        raise NvlmError(f"{path} is no Ed25519 public key", hint=_MAKE_KEY)
+
+def _key(path: Path, wanted: str, hints: Mapping[str, str]) -> object:
+    """`hints` say how to get the wanted key from what was found; else they say where such keys come from."""
+    require_file(path, f"{wanted} key", hint=_ORIGIN[wanted])
+    found, key = _kind_and_key(path)
+    if found != f"an Ed25519 {wanted} key":
+        hint = hints.get(found, _ORIGIN[wanted])
+        raise NvlmError(f"{path} is {found}, expected an Ed25519 {wanted} key", hint=hint)
     return key
+
+
+def _kind_and_key(path: Path) -> tuple[str, object]:
+    """What a file holds, in words, and the key where it can be read."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    serialization, pem = _serialization(), path.read_bytes()
+    loaders: dict[str, Callable[[], object]] = {
+        "private": lambda: serialization.load_pem_private_key(pem, password=None),
+        "public": lambda: serialization.load_pem_public_key(pem),
+    }
+    for kind, load in loaders.items():
+        try:
+            key = load()
+        except TypeError:
+            return _LOCKED, None
+        except (ValueError, UnsupportedAlgorithm):
+            continue
+        algorithm = type(key).__name__.removeprefix("_").partition(kind.capitalize())[0]
+        return f"{'an' if algorithm[0] in 'AEIOUR' else 'a'} {algorithm} {kind} key", key
+    return "no key in PEM", None
 
 
 def _serialization() -> Any:
@@ -87,14 +113,3 @@ def _serialization() -> Any:
     except ImportError:
         raise MachineError("signatures need cryptography", hint="pip install 'nvlm-deploy[sign]'") from None
     return serialization
-
-
-def _loaded(path: Path, load: Any) -> object:
-    from cryptography.exceptions import UnsupportedAlgorithm
-
-    if not path.is_file():
-        raise NvlmError(f"no key {path}", hint=_MAKE_KEY)
-    try:
-        return load(path.read_bytes())
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise NvlmError(f"{path} holds no such key in PEM, or one with a password", hint=_MAKE_KEY) from None

@@ -14,6 +14,7 @@ from nvlm_deploy.digest import KnownDigests
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import fingerprints_of
 from nvlm_deploy.manifest import MANIFEST_NAME, CalibrationList, Manifest, read_manifest
+from nvlm_deploy.places import require_folder
 from nvlm_deploy.samples import SAMPLES_NAME
 from nvlm_deploy.signature import require_signature
 
@@ -123,8 +124,7 @@ def artifact_folders(folder: Path) -> list[Path]:
 
     Of a workspace only `engines/` and `triton_repo/`: it may be a whole checkout.
     """
-    if not folder.is_dir():
-        raise NvlmError(f"no folder {folder}")
+    require_folder(folder)
     parts = [folder / name for name in _PARTS_OF_WORKSPACE if (folder / name).is_dir()]
     below = [part for part in parts if not _is_artifact(folder)] or [folder]
     by_place = {artifact.resolve(): artifact for part in below for artifact in _walk(part)}

@@ -1,4 +1,4 @@
-"""A served small model under hostile and careless clients: what they send, cancel, share and stop, against honest twins.
+"""A served small model under hostile and careless clients: what they send, cancel, share and stop.
 
     python tests/bench/bench_abuse.py            # all parts; or some: limits identity stops characters
 

@@ -32,7 +32,7 @@ from nvlm_deploy.report.device import device_name
 from nvlm_deploy.report.measurement import Bar, Measurement, Verdict, all_hold
 from nvlm_deploy.report.tables import ModelResult, difference_sentence, results_table, verdict_table
 from nvlm_deploy.samples import read_samples
-from nvlm_deploy.validate.accuracy import Questions, comparison_as_json
+from nvlm_deploy.validate.accuracy import Questions, comparison_as_json, drop_verdict
 from nvlm_deploy.validate.in_process import InProcessModel, reference_model
 from nvlm_deploy.validate.tasks import ALL, Comparison, Scored, accuracy_by_task
 
@@ -97,10 +97,9 @@ def answered(questions: Questions) -> dict[str, list[Scored]]:
 def verdicts(comparisons: dict[str, Comparison], asked: int) -> Iterator[Verdict]:
     yield Verdict(Measurement("held-out questions", asked, "", asked), Bar("at least", LEAST_QUESTIONS))
     for name, comparison in comparisons.items():
-        difference = comparison.differences[ALL]
-        low, high = difference.interval_points
-        lost = Measurement(f"{name}: accuracy lost", -difference.points, "points", asked, (-high, -low))
-        yield Verdict(lost, Bar("at most", LARGEST_DROP_POINTS))
+        judged = drop_verdict(comparison, max_drop_points=LARGEST_DROP_POINTS)
+        named = dataclasses.replace(judged.measurement, name=f"{name}: accuracy lost")
+        yield dataclasses.replace(judged, measurement=named)
 
 
 def main() -> int:

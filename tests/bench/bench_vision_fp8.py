@@ -34,6 +34,7 @@ from nvlm_deploy.report.tables import difference_sentence, verdict_table
 from nvlm_deploy.sample_embeddings import tiles_of_file
 from nvlm_deploy.samples import Sample, read_samples
 from nvlm_deploy.sku import TENSORRT_RTX, load_sku
+from nvlm_deploy.validate.accuracy import drop_verdict
 from nvlm_deploy.validate.in_process import InProcessModel, reference_model
 from nvlm_deploy.validate.tasks import Comparison, Scored, scored
 from nvlm_deploy.vision.engine import OnnxRuntimeEngine
@@ -91,8 +92,9 @@ def accuracy_verdicts(console: Console) -> Iterator[Verdict]:
             comparison = Comparison(reference, candidate)
             difference = comparison.differences["all"]
             console.print(difference_sentence("float32", name, difference, comparison.agreement))
-            lost = Measurement(f"{name}: accuracy lost", 0.0 - difference.points, "points", len(samples))
-            yield Verdict(lost, Bar("at most", LARGEST_DROP_POINTS))
+            judged = drop_verdict(comparison, max_drop_points=LARGEST_DROP_POINTS)
+            named = dataclasses.replace(judged.measurement, name=f"{name}: accuracy lost")
+            yield dataclasses.replace(judged, measurement=named)
             lowest = float(cosines(engine(tiles), expected).min())
             yield Verdict(
                 Measurement(f"{name}: least cosine of a tile", lowest, "", len(tiles)), Bar("at least", LEAST_COSINE)

@@ -413,7 +413,7 @@ def test_a_repository_is_asked_about_by_what_it_was_built_with(
     workspace = Workspace(tmp_path / "work", load_profile("cpu"), tiny_spec, tokenizer_file)
     workspace.build()
     found = findings_of(capsys, "--repository", workspace.repository, *free_ports)
-    assert "room for" in found["shared memory"]["found"]
+    assert "the largest request" in found["shared memory"]["found"]
     assert found["host memory"]["passed"]
     profile = load_profile(str(gpu_profile(tmp_path, tensor_parallel=1)))
     bound = Workspace(tmp_path / "gpu", profile, tiny_spec, tokenizer_file)

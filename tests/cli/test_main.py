@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_deploy.cli import main
+from nvlm_deploy.cli.interruption import Interruption
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.main import run
 from nvlm_deploy.errors import NvlmError, RejectedError
@@ -41,6 +42,29 @@ def test_a_misused_command_is_wrong_input(arguments: list[str], word: str, capsy
     assert "Traceback" not in shown.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["plan", "--images", "x"], "'--images'", "`nvlm plan --help`"),
+        (["serve", "x", "--grpc-port=0"], "given: '0'", "`nvlm serve --help`"),
+        (["plan", "--images", "two"], "given: 'two'", "`nvlm plan --help`"),
+        (["validate", "numerics", "x", "--tiles", "0"], "given: '0'", "`nvlm validate numerics --help`"),
+        (["validate", "bogus"], "No such command 'bogus'", "`nvlm validate --help`"),
+        (["build", "x", "--bogus"], "No such option: --bogus", "`nvlm build --help`"),
+        (["bogus"], "No such command 'bogus'", "`nvlm --help`"),
+        (["ask"], "Missing argument 'question'", "`nvlm ask --help`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_misuse_repeats_the_value_and_names_the_help_of_its_verb(
+    arguments: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(*arguments, "--json") == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert message in error["message"]
+    assert error["hint"] == hint
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code_of() == 2
     shown = capsys.readouterr()
@@ -66,7 +90,7 @@ def test_what_a_verb_raises_becomes_an_exit_code(
         raise problem
 
     monkeypatch.setattr(main, "app", fail)
-    assert main._exit_code(["inspect", "x"]) == code
+    assert main._exit_code(["inspect", "x"], Interruption()) == code
     assert word in capsys.readouterr().err
 
 
@@ -165,7 +189,7 @@ def test_errors_are_as_wide_as_the_terminal_and_80_at_most(columns, monkeypatch,
 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(main, "app", fail)
-    assert main._exit_code(["inspect"]) == 1
+    assert main._exit_code(["inspect"], Interruption()) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("error: some words ")
     assert "    a line of its own" in lines
@@ -211,7 +235,7 @@ def test_marks_in_a_message_are_shown_as_they_are(monkeypatch, capsys) -> None:
         raise NvlmError("[red]x[/red] :cat: `y")
 
     monkeypatch.setattr(main, "app", fail)
-    main._exit_code([])
+    main._exit_code([], Interruption())
     assert capsys.readouterr().err == "error: [red]x[/red] :cat: `y\n"
 
 

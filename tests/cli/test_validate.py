@@ -45,22 +45,43 @@ def compared(samples: Path, reference: str, candidate: str, *more: str) -> objec
 
 
 @pytest.mark.usefixtures("servers")
-def test_one_point_less_is_allowed(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compared(samples, "wrong-0:1", "wrong-1:1") == 0
+def test_a_loss_that_is_within_the_bound_with_its_interval_holds(
+    samples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(samples, "wrong-0:1", "wrong-1:1", "--max-drop", "4") == 0
     output = capsys.readouterr().out
     assert "-1.0 points" in output
     assert "yes" in output
 
 
 @pytest.mark.usefixtures("servers")
-def test_two_points_less_is_exit_code_1(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compared(samples, "wrong-0:1", "wrong-2:1") == 1
-    assert "NO" in capsys.readouterr().out
+def test_a_loss_beyond_the_bound_with_its_interval_fails(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared(samples, "wrong-0:1", "wrong-9:1") == 1
+    output = capsys.readouterr().out
+    assert "NO" in output
+    assert "undecided" not in output
 
 
 @pytest.mark.usefixtures("servers")
-def test_the_bound_can_be_chosen(samples: Path) -> None:
-    assert compared(samples, "wrong-0:1", "wrong-2:1", "--max-drop", "2") == 0
+@pytest.mark.parametrize(("limit", "needed"), [("12", "194"), ("40", "194")])
+def test_so_few_questions_are_undecided_though_nothing_was_lost(
+    limit: str, needed: str, samples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(samples, "wrong-0:1", "wrong-0:1", "--limit", limit) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "yes" not in output
+    assert f"undecided: accuracy lost, all tasks: after {limit} questions it may be" in output
+    assert f"About {needed} questions decide" in output
+
+
+@pytest.mark.usefixtures("servers")
+def test_undecided_is_in_the_document_with_the_questions_that_are_needed(
+    samples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(samples, "wrong-0:1", "wrong-0:1", "--limit", "12", "--json") == 1
+    (bar,) = json.loads(capsys.readouterr().out)["bars"]
+    assert (bar["verdict"], bar["holds"], bar["n"], bar["n_needed"]) == ("undecided", False, 12, 194)
+    assert bar["interval_95"] == pytest.approx([-14.0, 14.0], abs=0.05)
 
 
 @pytest.mark.usefixtures("servers")

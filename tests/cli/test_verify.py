@@ -217,9 +217,11 @@ def test_an_artifact_on_another_disk_behind_a_link_is_looked_at(workspace, capsy
 
 
 def test_serve_of_a_folder_that_is_no_repository_is_wrong_input(workspace, tmp_path, capsys) -> None:
-    for folder in (tmp_path / "none", tmp_path, workspace.engines / "decoder"):
+    for folder in (tmp_path, workspace.engines / "decoder"):
         assert exit_code_of("serve", folder, "--dry-run") == 2
         assert "not a repository of ours" in words(capsys.readouterr().err)
+    assert exit_code_of("serve", tmp_path / "none", "--dry-run") == 2
+    assert "no folder" in words(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("columns", [40, 80])

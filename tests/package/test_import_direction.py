@@ -16,6 +16,8 @@ ROOTS = [REPOSITORY / root / "nvlm_deploy" for root in ("build", "triton_repo", 
 RANK = {
     "errors": 0,
     "progress": 0,
+    "scratch": 1,
+    "places": 0.5,  # knows errors alone, and is asked by what reads any file
     "digest": 0,
     "tensors": 1,
     "image_file": 1,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.report.measurement import Outcome
 from nvlm_deploy.report.statistics import Accuracy
 from nvlm_deploy.samples import Sample
 from nvlm_deploy.validate.accuracy import comparison_as_json, drop_verdict
@@ -48,11 +53,64 @@ def test_agreement_counts_equal_answers_right_or_wrong() -> None:
     assert comparison.agreement == Accuracy(3, 4)
 
 
-def test_a_drop_of_exactly_the_bound_is_allowed_and_more_is_not() -> None:
-    samples = [Sample(question=str(number), answer="1") for number in range(200)]
-    right, two_wrong, three_wrong = (scored(samples, ["0"] * wrong + ["1"] * (200 - wrong)) for wrong in (0, 2, 3))
-    assert drop_verdict(Comparison(right, two_wrong), max_drop_points=1.0).holds
-    assert not drop_verdict(Comparison(right, three_wrong), max_drop_points=1.0).holds
+def compared(total: int, wrong: int) -> Comparison:
+    """A reference that is always right, and a candidate that answers some questions wrong."""
+    samples = [Sample(question=str(number), answer="1") for number in range(total)]
+    return Comparison(scored(samples, ["1"] * total), scored(samples, ["0"] * wrong + ["1"] * (total - wrong)))
+
+
+@pytest.mark.parametrize(
+    ("total", "wrong", "outcome"),
+    [
+        (12, 0, Outcome.UNDECIDED),  # nothing lost, which 12 questions would hardly show anyway
+        (193, 0, Outcome.UNDECIDED),
+        (194, 0, Outcome.HOLDS),
+        (200, 2, Outcome.UNDECIDED),  # the bar itself
+        (200, 3, Outcome.UNDECIDED),
+        (800, 2, Outcome.HOLDS),
+        (800, 4, Outcome.UNDECIDED),
+        (800, 8, Outcome.UNDECIDED),
+        (800, 18, Outcome.FAILS),
+        (12, 6, Outcome.FAILS),
+    ],
+)
+def test_a_bar_holds_only_where_the_whole_interval_does(total: int, wrong: int, outcome: Outcome) -> None:
+    verdict = drop_verdict(compared(total, wrong), max_drop_points=1.0)
+    assert verdict.outcome is outcome
+    assert verdict.holds is (outcome is Outcome.HOLDS)
+
+
+@pytest.mark.parametrize(("total", "wrong"), [(12, 0), (100, 0), (100, 2), (300, 1), (60, 1)])
+def test_the_number_of_questions_that_decide_decides(total: int, wrong: int) -> None:
+    """The same questions with the same answers, asked so many times."""
+    verdict = drop_verdict(compared(total, wrong), max_drop_points=1.0)
+    assert verdict.outcome is Outcome.UNDECIDED
+    assert verdict.decisive_n is not None
+
+    def outcome(times: int) -> Outcome:
+        return drop_verdict(compared(times * total, times * wrong), max_drop_points=1.0).outcome
+
+    assert outcome(math.ceil(verdict.decisive_n / total)) is not Outcome.UNDECIDED
+    assert outcome((verdict.decisive_n - 1) // total) is Outcome.UNDECIDED
+
+
+def test_no_number_of_questions_decides_a_loss_of_exactly_the_bar() -> None:
+    assert drop_verdict(compared(200, 2), max_drop_points=1.0).decisive_n is None
+
+
+@given(st.integers(1, 2000), st.integers(0, 60), st.integers(0, 60), st.floats(0, 5))
+def test_what_holds_is_never_outside_the_bar_by_its_interval(total: int, gained: int, lost: int, bar: float) -> None:
+    total += gained + lost
+    samples = [Sample(question=str(number), answer="1") for number in range(total)]
+    reference = scored(samples, ["0"] * gained + ["1"] * (total - gained))
+    candidate = scored(samples, ["1"] * (total - lost) + ["0"] * lost)
+    verdict = drop_verdict(Comparison(reference, candidate), max_drop_points=bar)
+    low, high = verdict.measurement.interval or (math.nan, math.nan)
+    assert verdict.holds is (high <= bar)
+    assert (verdict.outcome is Outcome.FAILS) is (low > bar)
+    document = verdict.as_json()
+    assert document["holds"] is (document["verdict"] == "holds")
+    assert ("n_needed" in document) is (document["verdict"] == "undecided")
 
 
 def test_nothing_lost_is_zero_and_not_minus_zero() -> None:

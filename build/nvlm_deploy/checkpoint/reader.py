@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.ends import GENERATION_NAME
+from nvlm_deploy.places import require_folder
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,7 @@ class Checkpoint:
         Raises NvlmError naming each missing shard, a shard shorter than its header says, and each tensor of the index
         that its shard does not hold.
         """
-        if not folder.is_dir():
-            raise NvlmError(f"no checkpoint folder {folder}")
+        require_folder(folder, "checkpoint folder")
         config = read_json(folder / "config.json")
         index = _tensor_to_shard(folder)
         shards = sorted(set(index.values())) if index is not None else [SINGLE_NAME]
@@ -177,10 +177,14 @@ def read_header(shard: Path) -> list[TensorInfo]:
         prefix = file.read(8)
         if prefix == b"version ":
             raise NvlmError(f"shard {shard.name} in {shard.parent} is a Git LFS pointer", hint="run `git lfs pull`")
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_size
-        if header_size > min(file_size - 8, _MAX_HEADER_BYTES):
-            raise _truncated(shard, file_size, header_size + 8)
-        header = file.read(header_size)
+        if len(prefix) < 8:
+            raise _truncated(shard, file_size, 8)
+        header_size = struct.unpack("<Q", prefix)[0]
+        header = file.read(min(header_size, _MAX_HEADER_BYTES))
+    if header_size > _MAX_HEADER_BYTES or (len(header) < header_size and not header.startswith(b"{")):
+        raise _foreign(shard)
+    if len(header) < header_size:
+        raise _truncated(shard, file_size, header_size + 8)
     infos = _infos(header, shard)
     end = 8 + header_size + max((info.offset + info.size_bytes for info in infos), default=0)
     if file_size != end:
@@ -227,6 +231,12 @@ def _require_valid(shard: Path) -> None:
 
 def _damaged(shard: Path, problem: Exception) -> NvlmError:
     return NvlmError(f"shard {shard.name} in {shard.parent} has a damaged header: {problem}", hint="fetch it again")
+
+
+def _foreign(shard: Path) -> NvlmError:
+    return NvlmError(
+        f"shard {shard.name} in {shard.parent} is not a safetensors file", hint=f"fetch {shard.name} again"
+    )
 
 
 def _truncated(shard: Path, found: int, expected: int) -> NvlmError:

@@ -16,6 +16,7 @@ from nvlm_deploy.checkpoint.trtllm_config import config_from_layout, layout_from
 from nvlm_deploy.checkpoint.trtllm_layout import Layout, LayoutTensor, Split, rank_file
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.spec import DecoderSpec
+from nvlm_deploy.places import require_folder
 from nvlm_deploy.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def read_checkpoint(folder: Path) -> TrtllmCheckpoint:
 
     Raises NvlmError naming the key, the rank file or the first tensor that is missing, unexpected or misshapen.
     """
-    if not folder.is_dir():
-        raise NvlmError(f"no TensorRT-LLM checkpoint {folder}", hint="build it: `nvlm build`")
+    require_folder(folder, "TensorRT-LLM checkpoint", hint="build it: `nvlm build`")
     config = read_json(folder / CONFIG_NAME)
     try:
         layout = layout_from_config(config)

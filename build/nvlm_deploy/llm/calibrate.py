@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -32,6 +31,7 @@ from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.device import compute_device
 from nvlm_deploy.model.spec import DecoderSpec, ModelSpec
 from nvlm_deploy.progress import Progress, silent
+from nvlm_deploy.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def _state(work_folder: Path | None, digest: str) -> Iterator[CalibrationState]:
     if work_folder is not None:
         yield CalibrationState(work_folder, digest, memory_bytes=0)
         return
-    with TemporaryDirectory(prefix="nvlm-calibration-") as folder:
-        yield CalibrationState(Path(folder), digest, HIDDEN_STATES_BYTES)
+    with scratch_folder("calibration") as folder:
+        yield CalibrationState(folder, digest, HIDDEN_STATES_BYTES)
 
 
 def _digest(checkpoint: Checkpoint, spec: DecoderSpec, choices: list[str | None]) -> str:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, BuildTool, found_tool, 
 from nvlm_deploy.machine.resources import Gpu, visible_gpus
 from nvlm_deploy.model.released import NVLM_D_72B
 from nvlm_deploy.model.spec import spec_from_config
+from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.sku import load_sku
 
 PROBE_PROGRAM = Path(__file__).with_name("preflight_probe.py")
@@ -250,8 +250,8 @@ def _probed(tool: BuildTool, layouts: Mapping[str, Layout]) -> dict[str, Any]:
         name: {"config": config_from_layout(layout), "ranks": layout.parallelism.world_size}
         for name, layout in layouts.items()
     }
-    with tempfile.TemporaryDirectory(prefix="nvlm-preflight-") as scratch:
-        asked, answer = (Path(scratch) / name for name in ("request.json", "answer.json"))
+    with scratch_folder("preflight") as scratch:
+        asked, answer = (scratch / name for name in ("request.json", "answer.json"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [tool.interpreter, "-P", str(PROBE_PROGRAM), str(asked), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

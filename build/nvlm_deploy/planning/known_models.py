@@ -14,6 +14,7 @@ from nvlm_deploy.errors import NvlmError, unknown_name
 from nvlm_deploy.model.inventory import PARTS, expected_tensors
 from nvlm_deploy.model.released import NVLM_D_72B
 from nvlm_deploy.model.spec import MOST_HEADS, ModelSpec, VisionSpec, spec_from_config
+from nvlm_deploy.places import require_folder
 
 KNOWN_SPECS: Mapping[str, Mapping[str, Any]] = {"nvlm-d-72b": NVLM_D_72B}
 DEFAULT_SPEC = "nvlm-d-72b"
@@ -64,9 +65,10 @@ def planned_model(checkpoint: Path | None = None, spec_name: str | None = None) 
 
 
 def _of_folder(folder: Path) -> PlannedModel:
-    if not folder.is_dir():
-        known = f" (a built-in spec is named by --spec {folder})" if str(folder) in KNOWN_SPECS else ""
-        raise NvlmError(f"no checkpoint folder {folder}{known}", hint=f"config.json suffices, or --spec {DEFAULT_SPEC}")
+    hint = f"config.json suffices, or --spec {DEFAULT_SPEC}"
+    if str(folder) in KNOWN_SPECS and not folder.exists():
+        raise NvlmError(f"no checkpoint folder {folder} (a built-in spec is named by --spec {folder})", hint=hint)
+    require_folder(folder, "checkpoint folder", hint=hint)
     spec = spec_from_config(read_json(folder / "config.json"))
     if (folder / INDEX_NAME).is_file():
         spec = _spec_of_index(spec, read_json(folder / INDEX_NAME), folder / INDEX_NAME)

@@ -12,6 +12,7 @@ from nvlm_deploy.digest import KNOWN_DIGESTS
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.spec import ModelSpec
+from nvlm_deploy.places import require_folder
 from nvlm_deploy.serving.settings import PLAN_FILE, SPEC_FILE, TOKENIZER_FILE, VISION_FILE, spec_as_json, spec_from_json
 from nvlm_deploy.triton.choices import ServingChoices
 from nvlm_deploy.triton.decoder import BACKEND, DECODER, VERSION
@@ -100,6 +101,7 @@ def _write_model(folder: Path, config: ModelConfig) -> None:
 
 def read_repository(folder: Path) -> tuple[ModelConfig, ...]:
     """The configs of a repository, cross-checked. Raises NvlmError when it is none, or wired wrong."""
+    require_folder(folder)
     files = sorted(folder.glob(f"*/{CONFIG_NAME}"))
     configs = tuple(config_from_text(_text_of(file), origin=str(file)) for file in files)
     if ENSEMBLE not in {config.name for config in configs}:

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvlm_deploy.errors import MachineError
+from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.triton.engine_fit import EngineFacts
 from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
@@ -102,7 +102,7 @@ class TritonServer:
         self.choices.ports.require_free()
         remove_abandoned_memory()
         with self._stack:
-            scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nvlm-triton-")))
+            scratch = self._stack.enter_context(scratch_folder("triton"))
             self.log_file = self.choices.log_file or scratch / "tritonserver.log"
             folder = plain_path(self.repository, scratch)
             self._log = ServerLog(self.log_file, needs_gpu=facts is not None, links={folder: self.repository})

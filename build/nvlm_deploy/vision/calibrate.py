@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.device import compute_device
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.progress import Progress, silent
+from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.vision.calibration_state import CalibrationState, Finished, calibration_digest
 from nvlm_deploy.vision.qdq import LINEAR_INPUTS
 from nvlm_deploy.vision.stages import Stage, stages
@@ -118,8 +118,8 @@ def _state(
             work_folder, calibration_digest(checkpoint, spec.vision, pictures, device=compute_device().type)
         )
         return
-    with TemporaryDirectory(prefix="nvlm-calibration-") as folder:
-        yield CalibrationState(Path(folder), digest="")
+    with scratch_folder("calibration") as folder:
+        yield CalibrationState(folder, digest="")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.places import require_file
 from nvlm_deploy.tensors import EMBEDDINGS, TILES
 
 # A tile of the released model takes about 300 MB of float32 activations: 25 heads of 1025 x 1025 scores, and the MLP's
@@ -27,8 +28,7 @@ class OnnxRuntimeEngine:
         """Load the graph. `threads=None` uses every core. Raises NvlmError when it is missing or not a vision graph."""
         import onnxruntime
 
-        if not onnx_path.is_file():
-            raise NvlmError(f"no vision graph {onnx_path}", hint="build it: `nvlm build`")
+        require_file(onnx_path, "vision graph", hint="build it: `nvlm build`")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvlm_deploy.errors import NvlmError
+from nvlm_deploy.places import require_file
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -24,8 +25,7 @@ def graph_from_file(path: Path) -> tuple[Path, onnx_ir.Model]:
     import onnx_ir
 
     file = path / ONNX_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise NvlmError(f"no vision graph {file}", hint="build it: `nvlm build`")
+    require_file(file, "vision graph", hint="build it: `nvlm build`")
     if not file.stat().st_size:
         raise NvlmError(f"{file} is empty", hint=_AGAIN)
     try:

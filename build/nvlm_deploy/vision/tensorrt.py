@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from nvlm_deploy.artifacts import write_text
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.model.spec import TilingSpec
+from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.sku import TENSORRT, TENSORRT_RTX, Sku
 from nvlm_deploy.vision.graph_file import graph_from_file
 
@@ -103,10 +103,10 @@ def engine_from_onnx(onnx: Path, folder: Path, settings: BuildSettings) -> Path:
     precision = precision_of(onnx)
     require_target(settings.runtime, precision, settings.sku)
     installed_module(settings.runtime)
-    with tempfile.TemporaryDirectory(prefix="nvlm-build-") as scratch:
-        request = _request(onnx, folder, Path(scratch), precision, settings)
+    with scratch_folder("build") as scratch:
+        request = _request(onnx, folder, scratch, precision, settings)
         log.info("%s builds %s for %s, log %s", settings.runtime, PLAN_NAME, settings.sku.name, folder / LOG_NAME)
-        facts = _built(request, Path(scratch), folder / LOG_NAME)
+        facts = _built(request, scratch, folder / LOG_NAME)
     write_text(folder / FACTS_NAME, json.dumps(facts, indent=2, sort_keys=True) + "\n")
     log.info("%s: %d bytes in %.1f s", folder / PLAN_NAME, facts["plan_bytes"], facts["seconds"])
     return folder / PLAN_NAME

@@ -5,37 +5,32 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import sys
 import traceback
-from types import FrameType
 
 import typer
 from rich.console import Console
 
 from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.cli.control_characters import visible
+from nvlm_deploy.cli.interruption import INTERRUPTED, Ending, Interruption
 from nvlm_deploy.cli.lines import wrapped
+from nvlm_deploy.cli.misuse import misuse
+from nvlm_deploy.cli.os_errors import machine_error
 from nvlm_deploy.cli.streams import open_ended_output
+from nvlm_deploy.cli.verbs import Verbs
 from nvlm_deploy.errors import MachineError, NvlmError
 
+# markdown would take `<image>` for a tag and drop it, rich's own marks would take `[name]`: helps are plain text
 app = typer.Typer(
+    cls=Verbs,
     help="NVLM-D-72B to a Triton Inference Server ensemble: build, serve, ask, measure.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
 )
 for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
     verb.register(app)
-
-INTERRUPTED = 130
-# what these had finished is kept
-_RESUMABLE = {"build", "demo", *build.HELP}
-
-
-class _Interrupted(NvlmError):  # noqa: N818  # what happened, not a fault
-    exit_code = INTERRUPTED
 
 
 @app.callback()
@@ -54,32 +49,30 @@ class _Lines(logging.Handler):
 def run(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 the answer is no, 2 wrong input, 3 tool or machine failed, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interruption = Interruption()
+    interruption.listen()
     with open_ended_output():
-        code = _exit_code(arguments)
+        code = _exit_code(arguments, interruption)
     sys.exit(code)
 
 
-def _exit_code(arguments: list[str]) -> int:
+def _exit_code(arguments: list[str], interruption: Interruption | None = None) -> int:
     as_json = "--json" in arguments
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="nvlm", standalone_mode=False)
         print(end="", flush=True)
         if code == INTERRUPTED:  # typer's own way to say that Ctrl-C was pressed
             raise KeyboardInterrupt
     except NvlmError as problem:
         return _failed(problem, as_json=as_json)
     except typer.TyperException as problem:  # an option or argument that is missing, unknown or out of range
-        return _misused(problem.format_message(), as_json=as_json)
+        return _failed(misuse(problem, arguments), as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
-        resumes = bool(_RESUMABLE & set(arguments[:2]))  # --verbose may come first
-        return _failed(_Interrupted(f"interrupted{'; run it again to resume' * resumes}"), as_json=as_json)
+        return _ended((interruption or Interruption()).ending(arguments), as_json=as_json)
     except SystemExit:  # what typer makes of any closed pipe; that of our output is none (streams.py)
         return _failed(MachineError("the other end of a pipe or connection was closed"), as_json=as_json)
     except OSError as problem:
-        place = f"{problem.filename}: " if problem.filename else ""
-        return _failed(MachineError(f"{place}{problem.strerror or type(problem).__name__}"), as_json=as_json)
+        return _failed(machine_error(problem), as_json=as_json)
     except Exception as problem:
         traceback.print_exc()
         bug = MachineError(f"{type(problem).__name__}: {problem}", hint="this is a bug of nvlm: report the lines above")
@@ -87,22 +80,29 @@ def _exit_code(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _misused(message: str, *, as_json: bool) -> int:
-    """The message is empty when the help was shown instead."""
-    wrong = NvlmError(message, hint="`nvlm --help`, `nvlm VERB --help`")
-    return _failed(wrong, as_json=as_json) if message else wrong.exit_code
+def _ended(ending: Ending, *, as_json: bool) -> int:
+    """Its words on stderr; with --json an interruption is a failure, so there is a document."""
+    with contextlib.suppress(OSError):
+        print(ending.words, file=sys.stderr)
+    if as_json and ending.exit_code:
+        _print_error(NvlmError(ending.words), ending.exit_code)
+    return ending.exit_code
 
 
 def _failed(problem: NvlmError, *, as_json: bool) -> int:
     """The error for people on stderr; with --json also as the one document on stdout."""
     with contextlib.suppress(OSError):  # a full disk behind the output: nobody to tell
         _show(problem)
-    with contextlib.suppress(OSError):
-        if as_json:
-            error = {"message": problem.message, "hint": problem.hint, "exit_code": problem.exit_code}
-            so_far = {"partial": problem.partial} if problem.partial else {}
-            print(json.dumps({**problem.details, "error": error | so_far}), flush=True)
+    if as_json:
+        _print_error(problem, problem.exit_code)
     return problem.exit_code
+
+
+def _print_error(problem: NvlmError, exit_code: int) -> None:
+    error = {"message": problem.message, "hint": problem.hint, "exit_code": exit_code}
+    so_far = {"partial": problem.partial} if problem.partial else {}
+    with contextlib.suppress(OSError):
+        print(json.dumps({**problem.details, "error": error | so_far}), flush=True)
 
 
 def _show(problem: NvlmError) -> None:
@@ -114,8 +114,3 @@ def _show(problem: NvlmError) -> None:
     console.print(wrapped(visible(problem.message), first=7, rest=2), markup=False)
     if problem.hint:
         console.print(f"  hint: {wrapped(visible(problem.hint), first=8, rest=8)}", markup=False)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """A polite kill ends like Ctrl-C: servers are stopped, temporary folders removed."""
-    raise KeyboardInterrupt

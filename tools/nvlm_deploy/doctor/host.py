@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nvlm_deploy.doctor.needs import Needs
+from nvlm_deploy.doctor.shared_memory import REGION_BYTES, description, largest_request, what_fits
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT, EXECUTABLE, found_tool, release_of
 from nvlm_deploy.llm.preflight import Finding
@@ -28,8 +29,7 @@ _DISTRIBUTIONS = {
     "tensorrt_llm": (("tensorrt_llm",), None),
     "tensorrt_rtx": (("tensorrt_rtx", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu12_libs"), "test"),
 }
-# regions of the four models' processes, before any request (1 MiB each at the start, and as much to grow)
-_SHARED_MEMORY_BASE = 16 * MIB
+_WITHOUT_REQUESTS = 4 * REGION_BYTES
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,12 @@ def _shared_memory(needs: Needs | None) -> Finding:
     if not SHARED_MEMORY.is_dir():
         return Finding("shared memory", False, f"no {SHARED_MEMORY}", "mount -t tmpfs tmpfs /dev/shm")
     free = free_bytes(SHARED_MEMORY)
-    each = needs.shared_memory_bytes if needs else 0
-    wanted = _SHARED_MEMORY_BASE + each
-    found = f"{_size(free)} free in {SHARED_MEMORY}, {_size(wanted)} needed"
-    if each:
-        together = max(0, free - _SHARED_MEMORY_BASE) // each
-        found += f"; room for {together} of the largest requests at a time (derived)"
-    fix = f"docker run --shm-size={max(1, -(-2 * wanted // GIB))}g; on a host: mount -o remount,size=1g {SHARED_MEMORY}"
+    found, wanted = f"{_size(free)} free in {SHARED_MEMORY}", _WITHOUT_REQUESTS
+    if needs is not None:
+        wanted = largest_request(needs).under_load_bytes
+        found += f"; {description(needs)}: {what_fits(needs, free)}"
+    size = f"{max(1, -(-wanted // GIB))}g"
+    fix = f"in a container `docker run --shm-size={size}`; on a host `mount -o remount,size={size} {SHARED_MEMORY}`"
     return Finding("shared memory", free >= wanted, found, None if free >= wanted else fix)
 
 

@@ -65,16 +65,13 @@ class Needs:
         return max(self.steps, key=lambda step: step.host_bytes, default=None)
 
     @property
-    def shared_memory_bytes(self) -> int:
-        """Tiles and prompt table of the longest legal request: one model's process hands them to the next there."""
+    def visual_tokens(self) -> int:
+        """Of the longest legal request; 0 where no model was named."""
         if self.spec is None:
             return 0
         from nvlm_deploy.planning.memory import limits_of
 
-        tokens = limits_of(self.spec, self.profile).visual_tokens
-        tiles = tokens // self.spec.tiling.tokens_per_tile
-        table = tokens * self.spec.decoder.hidden_size * BF16_BYTES
-        return tiles * self.spec.tiling.tile_size**2 * 3 + table
+        return limits_of(self.spec, self.profile).visual_tokens
 
 
 def needs_of_profile(profile: Profile, checkpoint: Path | None) -> Needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 # Standard normal quantile of a two-sided 95 % interval.
 Z_95 = 1.959963984540054
+_MOST_QUESTIONS = 10**8
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,27 @@ class PairedDifference:
     @property
     def interval_points(self) -> tuple[float, float]:
         """95 %, of two dependent proportions (Agresti and Min 2005: half a count added to each of the four cells)."""
-        gained, lost, total = self.only_candidate + 0.5, self.only_reference + 0.5, self.total + 2
+        return self._interval_points(1.0)
+
+    def decisive_total(self, points: float) -> int | None:
+        """The least number of questions at which the interval would not hold `points` any more, if the two went on to
+        differ as often as in these. None where there is none: the difference is `points` itself.
+        """
+        most = 1
+        while self._holds(points, most):
+            most *= 2
+            if most > _MOST_QUESTIONS:
+                return None
+        return bisect.bisect_left(range(most), True, key=lambda total: not self._holds(points, total))
+
+    def _holds(self, points: float, total: int) -> bool:
+        low, high = self._interval_points(total / self.total)
+        return low < points < high
+
+    def _interval_points(self, factor: float) -> tuple[float, float]:
+        """The interval of so many times as many questions."""
+        gained, lost = factor * self.only_candidate + 0.5, factor * self.only_reference + 0.5
+        total = factor * self.total + 2
         difference = (gained - lost) / total
         half = Z_95 * math.sqrt((gained + lost) / total - difference**2) / math.sqrt(total)
         return 100 * (difference - half), 100 * (difference + half)

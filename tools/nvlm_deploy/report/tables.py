@@ -9,8 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from nvlm_deploy.report.measurement import Verdict
+from nvlm_deploy.report.measurement import IntervalVerdict, Outcome, Verdict
 from nvlm_deploy.report.statistics import Accuracy, Latency, PairedDifference, Percentiles
+
+_SHOWN = {Outcome.HOLDS: "yes", Outcome.FAILS: "[bold]NO[/bold]", Outcome.UNDECIDED: "[bold]undecided[/bold]"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,18 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("measured", justify="right")
     table.add_column("holds")
     for verdict in verdicts:
-        table.add_row(verdict.what, f"{verdict.measurement.value:.4g}", "yes" if verdict.holds else "[bold]NO[/bold]")
+        table.add_row(verdict.what, f"{verdict.measurement.value:.4g}", _SHOWN[verdict.outcome])
     return table
+
+
+def undecided_sentence(verdict: IntervalVerdict) -> str:
+    """Why an undecided verdict is one, and how many observations would decide it."""
+    (low, high), measured = verdict.measurement.interval or (0.0, 0.0), verdict.measurement
+    possible = f"after {measured.n:,} questions it may be {low:+.1f} to {high:+.1f} {measured.unit} (95 %)"
+    found = f"undecided: {measured.name}: {possible}, the bar is {verdict.bar.sense} {verdict.bar.bound:g}."
+    if verdict.decisive_n is None:
+        return f"{found} More questions decide only if the measured value moves off the bar."
+    return f"{found} About {verdict.decisive_n:,} questions decide if the two go on to differ as often (assumed)."
 
 
 def difference_sentence(reference: str, candidate: str, difference: PairedDifference, agreement: Accuracy) -> str:

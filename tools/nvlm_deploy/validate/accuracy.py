@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nvlm_deploy.report.measurement import Bar, Measurement, Verdict
+from nvlm_deploy.report.measurement import Bar, IntervalVerdict, Measurement
 from nvlm_deploy.report.progress import progress
 from nvlm_deploy.report.tables import ModelResult, accuracy_as_json, difference_as_json
 from nvlm_deploy.samples import Sample
@@ -44,12 +44,15 @@ class Questions:
         return scored(self.samples, texts)
 
 
-def drop_verdict(comparison: Comparison, *, max_drop_points: float) -> Verdict:
-    """Is the candidate, over all tasks, at most `max_drop_points` percentage points below the reference?"""
+def drop_verdict(comparison: Comparison, *, max_drop_points: float) -> IntervalVerdict:
+    """Is the candidate, over all tasks, at most `max_drop_points` percentage points below the reference?
+
+    It is when the whole 95 % interval of the loss is within the bar; a small loss of a few questions shows nothing.
+    """
     difference = comparison.differences[ALL]
     low, high = difference.interval_points
     drop = Measurement("accuracy lost, all tasks", 0.0 - difference.points, "points", difference.total, (-high, -low))
-    return Verdict(drop, Bar("at most", max_drop_points))
+    return IntervalVerdict(drop, Bar("at most", max_drop_points), difference.decisive_total(-max_drop_points))
 
 
 def model_results(comparison: Comparison, *, reference: str, candidate: str) -> list[ModelResult]:

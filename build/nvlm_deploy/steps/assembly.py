@@ -33,7 +33,8 @@ def assemble(recipe: Recipe) -> Step:
         write_repository(folder, sources, _serving_choices(recipe))
         return {}
 
-    return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",))
+    # links and configs: made in seconds, so that no former repository is kept
+    return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",), is_cheap=True)
 
 
 def _has_engines(recipe: Recipe) -> bool:

@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 
-from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
+from nvlm_deploy.cli import artifacts, ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.streams import open_ended_output
 from nvlm_deploy.errors import MachineError, NvlmError
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
+for verb in (inspect, profiles, plan, build, artifacts, verify, serve, ask, validate, doctor, demo):
     verb.register(app)
 
 INTERRUPTED = 130

@@ -24,6 +24,7 @@ RANK = {
     "manifest": 1,
     "artifacts": 2,
     "build_lock": 2,
+    "container": 2,
     "machine": 2,
     "signature": 3,
     "slots": 3,

@@ -15,7 +15,8 @@ from nvlm_deploy.manifest import read_manifest
 from nvlm_deploy.pipeline import State, digest_of_input
 from nvlm_deploy.profile import CalibrationChoice, Profile, load_profile
 from nvlm_deploy.recipe import Recipe, steps_of_build
-from nvlm_deploy.steps.decoder import RESULT_NAME, engine_commands, quantize_llm
+from nvlm_deploy.steps.decoder import RESULT_NAME, quantize_llm
+from nvlm_deploy.steps.dry_run import engine_commands
 from nvlm_deploy.steps.order import pipeline_of
 
 CALIBRATION = Path(__file__).parents[1] / "models" / "calibration"

@@ -21,7 +21,7 @@ from nvlm_deploy.steps.decoder import (
     require_engines,
     require_scales,
 )
-from nvlm_deploy.steps.vision import build_vision, export_vision, require_buildable
+from nvlm_deploy.steps.vision import build_vision, export_vision, require_buildable, require_encoder_builder
 
 STEPS: Mapping[str, Callable[[Recipe], Step]] = {
     "export-vision": export_vision,
@@ -96,6 +96,8 @@ def _require_inputs(recipe: Recipe, steps: Collection[str], *, dry_run: bool) ->
     recipe.require_lengths()
     if "build-vision" in steps:
         require_buildable(recipe.profile)
+        if not dry_run:
+            require_encoder_builder(recipe.profile)
     if "quantize-llm" in steps:
         recipe.layout()
     if not {"quantize-llm", "export-hf"}.isdisjoint(steps):

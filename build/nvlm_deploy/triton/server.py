@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.triton.engine_fit import EngineFacts
-from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
+from nvlm_deploy.triton.engine_launch import engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
     Installation,
     find_installation,
@@ -273,15 +272,6 @@ def server_arguments(server: Path, repository: Path, choices: ServerChoices) -> 
         f"--metrics-port={ports.metrics}",
         *choices.extra_arguments,
     ]
-
-
-def command_to_paste(repository: Path, choices: ServerChoices) -> str | None:
-    """What serves TensorRT-LLM's engines in their container; None for the bundled server, which is not one command."""
-    facts, folder = engine_facts(repository, read_repository(repository)), repository.resolve()
-    if facts is None:
-        return None
-    command = engine_command(server_arguments(CONTAINERS_SERVER, folder, choices), facts, memory_name="prefix")
-    return f"cd {shlex.quote(str(folder))} && {shlex.join(command)}"
 
 
 def kill_group(leader: subprocess.Popen[bytes], *, patience_s: float = 10.0) -> None:

@@ -223,3 +223,10 @@ def test_a_list_that_changed_since_is_no_fault_of_what_is_set_aside(workspace: P
     assert verify_below(workspace).passed
     (lists[1] / "samples.jsonl").write_text("other\n")
     assert not verify_below(workspace).passed
+
+
+def test_a_damaged_artifact_is_listed_as_that(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "engines/mine/decoder/manifest.json").write_text("{")
+    code, text = nvlm(capsys, "list", workspace)
+    assert code == 0
+    assert "current, damaged, " in text

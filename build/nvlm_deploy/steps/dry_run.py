@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from nvlm_deploy.container import Container, Mount, Package, absolute, folder_mount
 from nvlm_deploy.llm.engine import ONE_RANK_PROGRAM, BuildPlaces, dry_run, plan_engines
 from nvlm_deploy.llm.engine_tool import CONTAINER_IMAGE, NEWEST
-from nvlm_deploy.pipeline import Pipeline, Planned
+from nvlm_deploy.pipeline import Pipeline, Planned, Step
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.sku import TENSORRT, TENSORRT_LLM
 from nvlm_deploy.steps.decoder import engine_settings
@@ -104,7 +104,7 @@ def dry_run_of(recipe: Recipe, pipeline: Pipeline, surroundings: Surroundings, *
     package = Package.here()
     container = _container(recipe, surroundings, package)
     inside = _Inside(recipe, container, package, surroundings)
-    commands = [*inside.commands(pipeline.makers.keys())]
+    commands = [*inside.commands([one.step for one in planned])]
     return DryRun(recipe, planned, surroundings.image, container.start(), commands)
 
 
@@ -112,7 +112,7 @@ def engine_commands(recipe: Recipe, surroundings: Surroundings = Surroundings())
     """Return what `build-llm` runs, with paths as they are inside the container."""
     package = Package.here()
     inside = _Inside(recipe, _container(recipe, surroundings, package), package, surroundings)
-    return "\n".join(inside.engine_lines())
+    return "\n".join(inside.engine_lines(recipe.decoder_folder))
 
 
 def _container(recipe: Recipe, surroundings: Surroundings, package: Package) -> Container:
@@ -141,13 +141,14 @@ class _Inside:
     package: Package
     surroundings: Surroundings
 
-    def commands(self, steps: Collection[str]) -> Iterator[StepCommands]:
+    def commands(self, steps: Iterable[Step]) -> Iterator[StepCommands]:
         """Yield the commands of the steps that need the container's TensorRT or TensorRT-LLM."""
         profile = self.recipe.profile
-        if "build-vision" in steps and profile.vision.runtime == TENSORRT:
-            yield StepCommands("build-vision", self._itself("build-vision", *_INSTALLED_FOR_GATE))
-        if "build-llm" in steps and profile.decoder.runtime == TENSORRT_LLM:
-            yield StepCommands("build-llm", self._itself("build-llm"), tuple(self.engine_lines()))
+        for step in steps:
+            if step.name == "build-vision" and profile.vision.runtime == TENSORRT:
+                yield StepCommands(step.name, self._itself(step.name, *_INSTALLED_FOR_GATE))
+            if step.name == "build-llm" and profile.decoder.runtime == TENSORRT_LLM:
+                yield StepCommands(step.name, self._itself(step.name), tuple(self.engine_lines(step.inputs["decoder"])))
 
     def _itself(self, step: str, *packages: str) -> tuple[str, str]:
         recipe, profile_file = self.recipe, self.surroundings.profile_file
@@ -158,13 +159,14 @@ class _Inside:
             words += ["--calibration", self._place(recipe.calibration_folder)]
         return self.package.install(*packages), shlex.join(words)
 
-    def engine_lines(self) -> list[str]:
+    def engine_lines(self, decoder: Path) -> list[str]:
+        """Return what trtllm-build is asked; `decoder` is the checkpoint where it lies now, which may be a slot."""
         recipe = self.recipe
         settings = engine_settings(recipe)
         plan = plan_engines(recipe.layout(), settings.sku, settings.limits)
         folder = recipe.engines / BY_HAND / recipe.decoder_engine_folder.name
         places = BuildPlaces(
-            self.container.inside(recipe.decoder_folder),
+            self.container.inside(decoder),
             self.container.inside(folder),
             self.container.inside(ONE_RANK_PROGRAM.resolve()),
         )

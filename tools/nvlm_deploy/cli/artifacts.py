@@ -89,7 +89,8 @@ def _print(one: Stored) -> None:
     lines = [f"{one.status}, {one.kind}, {_size(one.size_bytes)}, {_age(one.age_s)} old"]
     if one.used_by:
         lines.append(f"read by the current {', '.join(one.used_by)}")
-    lines.append(f"made of: {_shown(one.made_of)}")
+    if one.made_of:
+        lines.append(f"made of: {_shown(one.made_of)}")
     if one.differs:
         lines.append(f"unlike the current: {_shown(one.differs)}")
     for line in lines:

@@ -246,7 +246,8 @@ def test_a_run_killed_between_the_two_renames_of_the_swap_is_finished_by_the_nex
     made_again = fresh(other, make=die)
     assert run_step(made_again)[0] is State.BUILT
     assert verify(step.output).manifest.key == made_again.key
-    assert [path.name for path in step.output.parent.iterdir()] == [step.output.name]
+    assert sorted(path.name for path in step.output.parent.iterdir()) == [step.output.name, "slots"]
+    assert run_step(fresh(step, make=die))[0] is State.UP_TO_DATE, "the former one was set aside, not lost"
 
 
 def test_a_large_output_is_read_once_after_it_is_written_and_not_by_the_next_step(

@@ -20,6 +20,8 @@ from nvlm_deploy.manifest import EVIDENCE_LEVELS, MANIFEST_NAME, Manifest, read_
 SIGNATURE_NAME = "manifest.json.sig"
 # by what it holds a run goes on with the files of a killed one; no part of the finished folder
 JOURNAL_NAME = ".journal"
+# says what an unfinished folder is made of; no part of the finished one either
+BEGUN_NOTE_NAME = ".begun.json"
 _PARTIAL = ".partial-"
 _REPLACED = "old-"
 _BEGUN = "begun-"
@@ -127,10 +129,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, *, kept: Path | None = None) -> Iterator[Path]:
     """A fresh folder beside `folder` to fill, swapped into its place at the end; on any failure nothing changes.
 
-    Leftovers of killed runs are cleared first. Raises MachineError when the disk is full.
+    What was at `folder` moves to `kept`; without `kept` it is removed. Leftovers of killed runs are cleared first.
+    Raises MachineError when the disk is full.
     """
     temporary = _partial(folder)
     with disk_errors(folder):
@@ -139,22 +142,22 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            _swap(temporary, folder)
+            _swap(temporary, folder, kept)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def resumable_folder(folder: Path, identity: str) -> Iterator[Path]:
+def resumable_folder(folder: Path, identity: str, *, kept: Path | None = None) -> Iterator[Path]:
     """As `replace_folder`, but what a killed run, or one that ran out of disk, wrote is kept for the next run.
 
-    The folder to fill then holds files already. Only a run of the same `identity` (hex digits) goes on with them, any
-    other begins anew, as does one after wrong input.
+    The folder to fill then holds files already. Only a run of the same `identity` (hex digits) goes on with them. A run
+    of another identity has a folder of its own and leaves this one alone. After wrong input a run begins anew.
     """
-    begun = folder.with_name(f"{_PARTIAL}{_BEGUN}{identity[:_IDENTITY_DIGITS]}-{folder.name}")
+    begun = begun_folder(folder, identity)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        clear_partial(folder, keep=identity)
+        clear_partial(folder)
         begun.mkdir(exist_ok=True)
         for half_written in [path for path in begun.rglob(f"{_PARTIAL}*") if path.is_file()]:
             half_written.unlink()
@@ -164,22 +167,47 @@ def resumable_folder(folder: Path, identity: str) -> Iterator[Path]:
             if not isinstance(problem, MachineError):
                 shutil.rmtree(begun, ignore_errors=True)
             raise
-        (begun / JOURNAL_NAME).unlink(missing_ok=True)
-        _swap(begun, folder)
+        for name in (JOURNAL_NAME, BEGUN_NOTE_NAME):
+            (begun / name).unlink(missing_ok=True)
+        _swap(begun, folder, kept)
 
 
-def _swap(finished: Path, folder: Path) -> None:
-    old = _partial(folder, _REPLACED)
+def begun_folder(folder: Path, identity: str) -> Path:
+    """Return where a run of one identity writes until it is finished."""
+    return folder.with_name(f"{_PARTIAL}{_BEGUN}{identity[:_IDENTITY_DIGITS]}-{folder.name}")
+
+
+def begun_below(parent: Path) -> list[tuple[str, Path]]:
+    """Return what runs left unfinished in a folder, each with the name that it would have got."""
+    name = re.compile(f"{re.escape(_PARTIAL)}{_BEGUN}[0-9a-f]{{{_IDENTITY_DIGITS}}}-(.+)")
+    found = [(name.fullmatch(path.name), path) for path in sorted(parent.glob(f"{_PARTIAL}{_BEGUN}*"))]
+    return [(match[1], path) for match, path in found if match is not None and path.is_dir()]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a finished folder. A kill leaves nothing that looks finished: the folder gets another name first."""
+    doomed = _partial(folder)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _swap(finished: Path, folder: Path, kept: Path | None) -> None:
+    if kept is None:
+        old = _partial(folder, _REPLACED)
+    else:
+        old = kept
+        old.parent.mkdir(exist_ok=True)
     if folder.exists():
         folder.rename(old)
     finished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if kept is None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_partial(folder: Path, *, keep: str | None = None) -> None:
+def clear_partial(folder: Path) -> None:
     """Remove what killed runs left beside `folder`; a swap cut in the middle is put back.
 
-    What a `resumable_folder` of the identity `keep` left stays.
+    What a `resumable_folder` left stays, whatever its identity: hours of work may be in it.
     """
     # digits before the name, or `cpu` would claim the leftovers of `cpu-bf16`; a swap inside a swap repeats the prefix
     name = re.escape(folder.name)
@@ -189,11 +217,6 @@ def clear_partial(folder: Path, *, keep: str | None = None) -> None:
         if replaced.fullmatch(leftover.name) and not folder.exists():
             leftover.rename(folder)
         else:
-            shutil.rmtree(leftover, ignore_errors=True)
-    kept = f"{_PARTIAL}{_BEGUN}{keep[:_IDENTITY_DIGITS] if keep else ''}-{folder.name}"
-    begun = re.compile(f"{re.escape(_PARTIAL)}{_BEGUN}[0-9a-f]{{{_IDENTITY_DIGITS}}}-{name}")
-    for leftover in [path for path in folder.parent.glob(f"{_PARTIAL}{_BEGUN}*") if begun.fullmatch(path.name)]:
-        if leftover.name != kept:
             shutil.rmtree(leftover, ignore_errors=True)
 
 

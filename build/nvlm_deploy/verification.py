@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from nvlm_deploy.manifest import MANIFEST_NAME, CalibrationList, Manifest, read_
 from nvlm_deploy.places import require_folder
 from nvlm_deploy.samples import SAMPLES_NAME
 from nvlm_deploy.signature import require_signature
+from nvlm_deploy.slots import is_slot
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -115,8 +116,13 @@ DEFAULT_DEMAND = Demand()
 def verify_below(folder: Path, demand: Demand = DEFAULT_DEMAND) -> Verification:
     """Every artifact in `folder`; a file with several links is read once. Raises NvlmError where there is none."""
     started, once = time.monotonic(), KnownDigests()
-    found = [verified(artifact, demand, once) for artifact in artifact_folders(folder)]
+    found = [verified(artifact, _demand_of(artifact, demand), once) for artifact in artifact_folders(folder)]
     return Verification(found, time.monotonic() - started)
+
+
+def _demand_of(artifact: Path, demand: Demand) -> Demand:
+    """Return what is asked of an artifact. One that was set aside was made of a list that may have changed since."""
+    return replace(demand, calibration=False) if is_slot(artifact) else demand
 
 
 def artifact_folders(folder: Path) -> list[Path]:

@@ -239,3 +239,53 @@ def test_the_encoder_of_one_checkpoint_is_not_joined_to_the_decoder_of_another(
     assert "vision is not what would be made now: input config.json differs" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.fixture
+def two_lists(tmp_path: Path) -> list[Path]:
+    """The first and the last questions of the calibration list, in folders of their own."""
+    lines = (CALIBRATION / "samples.jsonl").read_text().splitlines(keepends=True)
+    folders = []
+    for name, some in (("first", lines[:6]), ("last", lines[-6:])):
+        folders.append(tmp_path / name)
+        shutil.copytree(CALIBRATION, tmp_path / name)
+        (tmp_path / name / "samples.jsonl").write_text("".join(some))
+    return folders
+
+
+@pytest.mark.slow
+def test_a_calibration_outlives_one_with_another_list_finished_or_killed_in_the_middle(
+    tiny_folder: Path, tmp_path: Path, two_lists: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvlm_deploy.llm import hidden_states
+
+    workspace, layers = tmp_path / "work", list[int]()
+    honest = hidden_states.record_progress
+
+    def counting(folder: Path, digest: str, finished: dict[str, object]) -> None:
+        honest(folder, digest, finished)
+        layers.append(1)
+        if killed_after == len(layers):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hidden_states, "record_progress", counting)
+
+    def build(samples: Path) -> int:
+        layers.clear()
+        return exit_code_of("build", tiny_folder, "--calibration", samples, "--workspace", workspace)
+
+    first, last = two_lists
+    killed_after = 2
+    assert build(first) == 130
+    killed_after = 0
+    assert build(last) == 0
+    whole = len(layers)
+    bytes_of_last = artifact_bytes(workspace / "triton_repo")
+    assert build(first) == 0
+    assert len(layers) < whole, "the killed run's layers were calibrated again"
+    assert artifact_bytes(workspace / "triton_repo") != bytes_of_last
+    assert build(last) == 0
+    assert layers == []
+    assert artifact_bytes(workspace / "triton_repo") == bytes_of_last
+    alone = exit_code_of("quantize-llm", tiny_folder, "--calibration", first, "--workspace", workspace)
+    assert (alone, layers) == (0, []), "a step alone reads the calibration of its own list"

@@ -25,6 +25,7 @@ from nvlm_deploy.checkpoint.trtllm_layout import Layout, Parallelism
 from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm import engine_tool
 from nvlm_deploy.llm.engine import (
+    BuildPlaces,
     EngineSettings,
     dry_run,
     engines_from_checkpoint,
@@ -222,11 +223,13 @@ def test_a_single_rank_is_built_by_trtllm_build_itself(tmp_path, settings):
 
 def test_a_dry_run_says_one_command_for_each_rank_and_what_it_needs(tmp_path, settings):
     plan = plan_engines(Layout(RELEASED, "FP8", Parallelism(2)), H100, LIMITS)
-    lines = dry_run(plan, tmp_path / "decoder", tmp_path / "engines", settings).splitlines()
+    lines = dry_run(plan, BuildPlaces(tmp_path / "decoder", tmp_path / "engines"), settings).splitlines()
     assert lines[0].startswith("# 2 rank(s), each thought to need ")
-    assert [shlex.split(line)[3] for line in lines[1:3]] == ["0", "1"]
-    assert "trtllm-build --checkpoint_dir" in lines[3]
-    assert lines[3].startswith("#")
+    assert lines[1].startswith("mkdir -p ")
+    assert [shlex.split(line)[3] for line in lines[2:4]] == ["0", "1"]
+    assert "trtllm-1.2.1-h100" in lines[2], "a version that a container has, no word in its place"
+    assert "trtllm-build --checkpoint_dir" in lines[4]
+    assert lines[4].startswith("#")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,8 +237,9 @@ def test_the_commands_to_paste_are_those_that_build(container, checkpoint, engin
     """A shell runs them, with the fake trtllm-build on PATH and its Python under the name they use."""
     (container.bin / "python3").symlink_to(sys.executable)
     plan = plan_engines(Layout(SMALL, "FP8", Parallelism(2)), H100, LIMITS)
-    script = dry_run(plan, checkpoint, engine_folder, settings)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    script = dry_run(plan, BuildPlaces(checkpoint, engine_folder), settings)
+    path = os.pathsep.join([os.environ["PATH"], "/usr/bin", "/bin"])  # mkdir is no part of the fake container
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PATH": path}
     done = subprocess.run(["/bin/sh", "-e", "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"config.json", "rank0.engine", "rank1.engine"} <= {path.name for path in engine_folder.iterdir()}

@@ -182,13 +182,30 @@ def test_a_profile_without_room_for_one_sequence_is_refused_before_the_first_ste
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_serve_prints_the_command_of_all_ranks(
+def test_a_dry_run_of_serve_prints_the_commands_of_the_container(
     copied: Path, machine: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(["serve", str(copied), "--dry-run", "--grpc-port", "9001"])
+        run(["serve", str(copied), "--dry-run", "--grpc-port", "9001", "--json"])
     assert ended.value.code in (0, None)
-    command = json.loads(capsys.readouterr().out)["command"]
-    assert command.startswith(f"cd {copied.resolve()} && mpirun --allow-run-as-root -n 1 /opt/tritonserver/bin/")
+    found = json.loads(capsys.readouterr().out)
+    assert found["refused_here"] is None
+    assert f" -v {copied}:/repository:ro " in found["container"]["start"]
+    *_, folder, command = found["commands"]
+    assert folder == "cd /repository"
+    assert command.startswith("mpirun --allow-run-as-root -n 1 /opt/tritonserver/bin/tritonserver --model-repository=")
     assert command.count(" -n 1 ") == 2
     assert command.count("--grpc-port=9001") == 2
+    assert str(copied) not in command
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_serve_needs_no_gpu_and_says_that_it_would_be_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["serve", str(copied), "--dry-run"])
+    assert ended.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "would not start it on this machine: its engines run on NVIDIA L40S" in lines[1]
+    assert [line.split()[0] for line in lines[3:]] == ["docker", "python3", "cd", "mpirun"]

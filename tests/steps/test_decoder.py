@@ -15,7 +15,9 @@ from nvlm_deploy.manifest import read_manifest
 from nvlm_deploy.pipeline import State, digest_of_input
 from nvlm_deploy.profile import CalibrationChoice, Profile, load_profile
 from nvlm_deploy.recipe import Recipe, steps_of_build
-from nvlm_deploy.steps.decoder import RESULT_NAME, engine_commands, quantize_llm
+from nvlm_deploy.slots import slots_of
+from nvlm_deploy.steps.decoder import RESULT_NAME, quantize_llm
+from nvlm_deploy.steps.dry_run import Surroundings, dry_run_of, engine_commands
 from nvlm_deploy.steps.order import pipeline_of
 
 CALIBRATION = Path(__file__).parents[1] / "models" / "calibration"
@@ -205,6 +207,21 @@ def test_the_commands_of_engines_are_said_without_a_container(tiny_folder: Path,
     assert text.count("--max_num_tokens 2048") == 3, "a line for each rank, and one for both together"
     assert "--use_fp8_context_fmha enable" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_commands_read_the_checkpoint_of_their_own_choices_where_it_lies(tiny_folder: Path, tmp_path: Path) -> None:
+    def recipe(quantization: str) -> Recipe:
+        choices = {"runtime": "tensorrt_llm", "sku": "h100-sxm-80gb", "quantization": quantization}
+        return Recipe(tiny_folder, profile(**choices), tmp_path, CALIBRATION)
+
+    for quantization in ("none", "fp8_per_channel"):
+        run(recipe(quantization), "quantize-llm")
+    (slot,) = slots_of(recipe("none").decoder_folder)
+    for quantization, name in (("none", f"slots/{slot.name}"), ("fp8_per_channel", "decoder")):
+        one = recipe(quantization)
+        found = dry_run_of(one, pipeline_of(one, "build-llm", dry_run=True), Surroundings())
+        assert f"--checkpoint_dir /workspace/engines/mine/{name} " in found.commands[0].lines[-1]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from nvlm_deploy.cli.main import run
-from nvlm_deploy.errors import NvlmError, RejectedError
+from nvlm_deploy.errors import MachineError, NvlmError, RejectedError
 from nvlm_deploy.pipeline import State, run_step
 from nvlm_deploy.profile import Profile, load_profile
 from nvlm_deploy.recipe import Recipe
@@ -191,13 +191,20 @@ def test_fp8_records_its_calibration_and_serves_every_tile_close_to_float32(tiny
         ({"runtime": "tensorrt_rtx", "precision": "fp8", "sku": "a100-80gb"}, r"a100-80gb .* has no FP8"),
         ({"runtime": "tensorrt_rtx", "precision": "bf16", "sku": "h200-141gb"}, "TensorRT-RTX has no target"),
         ({"runtime": "tensorrt_rtx", "precision": "bf16", "sku": "cpu"}, "'cpu' has no GPU"),
-        ({"runtime": "tensorrt", "precision": "bf16", "sku": "l40s"}, "no Python module 'tensorrt' here"),
         ({"runtime": "onnxruntime", "precision": "fp32", "sku": "l4o0s"}, "no SKU 'l4o0s'"),
     ],
 )
 def test_what_the_profiles_gpu_cannot_do_is_refused_before_anything_is_read(vision, words):
     with pytest.raises(NvlmError, match=words):
         require_buildable(profile(**vision))
+
+
+def test_a_builder_that_is_not_installed_stops_a_build_and_no_dry_run(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_folder, tmp_path, runtime="tensorrt", precision="bf16", sku="l40s")
+    require_buildable(recipe.profile)
+    with pytest.raises(MachineError, match="no Python module 'tensorrt' here"):
+        pipeline_of(recipe, "build-vision")
+    assert dict(pipeline_of(recipe, "build-vision", dry_run=True).plan()) == {"build-vision": State.TO_BUILD}
 
 
 @pytest.mark.slow

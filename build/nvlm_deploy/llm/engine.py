@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from nvlm_deploy.artifacts import replace_file
@@ -18,7 +20,7 @@ from nvlm_deploy.errors import MachineError, NvlmError
 from nvlm_deploy.llm.engine_arguments import Argument, EngineLimits, engine_arguments
 from nvlm_deploy.llm.engine_config import expected_config, require_as_asked
 from nvlm_deploy.llm.engine_ranks import RankBuild, RankCommand, Workshop, build_ranks
-from nvlm_deploy.llm.engine_tool import EXECUTABLE, BuildTool, installed_tool
+from nvlm_deploy.llm.engine_tool import EXECUTABLE, NEWEST, BuildTool, installed_tool
 from nvlm_deploy.machine.resources import Machine, this_machine
 from nvlm_deploy.sku import Sku
 
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ONE_RANK_PROGRAM = Path(__file__).with_name("engine_one_rank.py")
 TIMING_CACHE_NAME = "timing.cache"
+# trtllm-build where none is installed: as the container has it, found on PATH
+CONTAINERS_TOOL = BuildTool(EXECUTABLE, "python3", NEWEST.name)
 
 # Host memory of one rank: the weights as they are loaded, the builder's copy, and the serialised engine; beside them
 # libraries and the CUDA context. Logs in public show 2.5 times (70 GB of weights, 172 GiB: Command R in FP16) and 2.2
@@ -102,27 +106,44 @@ def rank_memory_bytes(layout: Layout) -> int:
 
 
 def rank_commands(
-    plan: EnginePlan, checkpoint: Path, folder: Path, settings: EngineSettings, *, tool: BuildTool | None = None
+    plan: EnginePlan, checkpoint: Path, folder: Path, settings: EngineSettings, *, tool: BuildTool = CONTAINERS_TOOL
 ) -> list[RankCommand]:
-    """One command per rank; without a tool, as they would be in a container."""
-    shared = _shared_arguments(plan, checkpoint, folder, settings, tool)
-    if plan.ranks == 1:
-        return [RankCommand(0, (EXECUTABLE if tool is None else tool.executable, *shared))]
-    program = ("python3" if tool is None else tool.interpreter, "-P", str(ONE_RANK_PROGRAM))
-    return [RankCommand(rank, (*program, str(rank), *shared)) for rank in range(plan.ranks)]
+    """Return one command per rank, with paths of this machine; without a tool, as the container's would be called."""
+    here = dataclasses.replace(settings, cache_folder=settings.cache_folder.resolve())
+    return _commands(plan, BuildPlaces(checkpoint.resolve(), folder.resolve(), ONE_RANK_PROGRAM), here, tool)
 
 
-def dry_run(
-    plan: EnginePlan, checkpoint: Path, folder: Path, settings: EngineSettings, *, tool: BuildTool | None = None
-) -> str:
-    """The commands to paste, one line per rank, and as remarks what each needs; nothing is looked for or written."""
-    lines = [f"# {plan.ranks} rank(s), each thought to need {plan.rank_bytes / 2**30:.0f} GiB of host memory and a GPU"]
-    lines += [command.shell for command in rank_commands(plan, checkpoint, folder, settings, tool=tool)]
+@dataclass(frozen=True)
+class BuildPlaces:
+    """Where a build reads and writes, as its commands name it: here, or inside a container."""
+
+    checkpoint: PurePath
+    folder: PurePath
+    one_rank_program: PurePath = ONE_RANK_PROGRAM
+
+
+def dry_run(plan: EnginePlan, places: BuildPlaces, settings: EngineSettings) -> str:
+    """Return the commands to paste, and as remarks what each needs; nothing is looked for or written.
+
+    One line for each rank, and all ranks by one process. Paths are written as they are given.
+    """
+    commands = _commands(plan, places, settings, CONTAINERS_TOOL)
+    folders = shlex.join(["mkdir", "-p", str(places.folder), str(settings.cache_folder)])
+    gib = plan.rank_bytes / 2**30
+    lines = [f"# {plan.ranks} rank(s), each thought to need {gib:.0f} GiB of host memory and a GPU", folders]
+    lines += [command.shell for command in commands]
     if plan.ranks > 1:
-        shared = _shared_arguments(plan, checkpoint, folder, settings, tool)
-        together = RankCommand(0, (EXECUTABLE if tool is None else tool.executable, *shared))
+        together = RankCommand(0, (EXECUTABLE, *_shared_arguments(plan, places, settings, CONTAINERS_TOOL)))
         lines.append(f"# or all ranks by one process, one after the other: {together.shell}")
     return "\n".join(lines)
+
+
+def _commands(plan: EnginePlan, places: BuildPlaces, settings: EngineSettings, tool: BuildTool) -> list[RankCommand]:
+    shared = _shared_arguments(plan, places, settings, tool)
+    if plan.ranks == 1:
+        return [RankCommand(0, (tool.executable, *shared))]
+    program = (tool.interpreter, "-P", str(places.one_rank_program))
+    return [RankCommand(rank, (*program, str(rank), *shared)) for rank in range(plan.ranks)]
 
 
 def engines_from_checkpoint(
@@ -167,23 +188,22 @@ def require_machine(machine: Machine, sku: Sku, plan: EnginePlan) -> None:
         )
 
 
-def timing_cache(settings: EngineSettings, tool: BuildTool | None) -> Path:
+def timing_cache(settings: EngineSettings, tool: BuildTool) -> Path:
     """Kernel times of earlier builds: of one TensorRT-LLM on one kind of GPU."""
-    version = tool.version if tool else "VERSION"
-    return settings.cache_folder.resolve() / f"trtllm-{version}-{settings.sku.name}.cache"
+    return settings.cache_folder / f"trtllm-{tool.version}-{settings.sku.name}.cache"
 
 
 def _shared_arguments(
-    plan: EnginePlan, checkpoint: Path, folder: Path, settings: EngineSettings, tool: BuildTool | None
+    plan: EnginePlan, places: BuildPlaces, settings: EngineSettings, tool: BuildTool
 ) -> tuple[str, ...]:
-    places = {
-        "--checkpoint_dir": checkpoint.resolve(),
-        "--output_dir": folder.resolve(),
+    named = {
+        "--checkpoint_dir": places.checkpoint,
+        "--output_dir": places.folder,
         # read from one place and written to another: rank 0 writes it while other ranks may be reading
         "--input_timing_cache": timing_cache(settings, tool),
-        "--output_timing_cache": folder.resolve() / TIMING_CACHE_NAME,
+        "--output_timing_cache": places.folder / TIMING_CACHE_NAME,
     }
-    words = [word for flag, place in places.items() for word in (flag, str(place))]
+    words = [word for flag, place in named.items() for word in (flag, str(place))]
     choices = [word for argument in plan.arguments for word in (argument.flag, argument.value)]
     return (*words, *choices, "--workers", "1", "--log_level", "info")
 

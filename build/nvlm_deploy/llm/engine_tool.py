@@ -30,6 +30,10 @@ RELEASES = (
     Release("1.1.x", r"1\.1\.[0-9]+", "10.13.", ("25.12", "26.01", "26.02")),
     Release("1.0.x", r"1\.0\.[0-9]+", "10.11.", ("25.09", "25.10")),
 )
+# what commands are written for where no TensorRT-LLM is installed
+NEWEST = RELEASES[0]
+# by the name and tag that its makers give it; the registry is the user's
+CONTAINER_IMAGE = f"tritonserver:{NEWEST.containers[-1]}-trtllm-python-py3"
 CONTAINERS_HINT = "the Triton containers whose tag ends in -trtllm-python-py3 have it: " + "; ".join(
     f"{', '.join(release.containers)} ({release.name})" for release in RELEASES
 )

@@ -31,6 +31,7 @@ from nvlm_deploy.checkpoint.hf_layout import (
     HfUnit,
     require_layout,
 )
+from nvlm_deploy.checkpoint.hf_source import CONFIG_NAME, companions_of, layout_for
 from nvlm_deploy.checkpoint.reader import INDEX_NAME, TOKENIZER_NAME, Checkpoint
 from nvlm_deploy.checkpoint.resumable import TensorFiles, in_threads, tensor_files
 from nvlm_deploy.checkpoint.soundness import SoundChunks
@@ -48,22 +49,15 @@ from nvlm_deploy.llm.quantize import (
 )
 from nvlm_deploy.llm.threads import one_torch_thread_each
 from nvlm_deploy.llm.trtllm import BY_CALIBRATION
-from nvlm_deploy.manifest import MANIFEST_NAME, sha256_of_json
+from nvlm_deploy.manifest import sha256_of_json
 from nvlm_deploy.model.decoder import PREFIX
 from nvlm_deploy.model.fp8 import scale_from_amax, to_e4m3
-from nvlm_deploy.model.inventory import require_tensors
 from nvlm_deploy.model.spec import ModelSpec
 from nvlm_deploy.model.tokenizer import text_without_leftovers
 from nvlm_deploy.progress import Progress, silent
 
 log = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.json"
-# What an engine, a processor or a lawyer reads beside the weights. Weights of any other format are never copied: the
-# released repository has all of them twice.
-_COMPANION_SUFFIXES = (".json", ".py", ".txt", ".md", ".jinja", ".model", ".tiktoken")
-_COMPANION_STEMS = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
-_WRITTEN_ANEW = (CONFIG_NAME, INDEX_NAME, QUANT_CONFIG_NAME, MANIFEST_NAME)
 _TOKENIZERS = ((TOKENIZER_NAME,), ("vocab.json", "merges.txt"))
 
 
@@ -92,25 +86,6 @@ def hf_checkpoint_from(
     with resumable_folder(output, export.identity) as folder:
         export.write(folder, on_progress)
     return Checkpoint.open(output)
-
-
-def layout_for(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    quant_algo: str | None,
-    kv_cache_quant_algo: str | None = None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> HfLayout:
-    """The folder that a checkpoint becomes.
-
-    Raises NvlmError for a tensor that is missing, misshapen or quantised already.
-    """
-    extra = require_tensors(checkpoint, spec)
-    if extra:
-        log.warning("%d tensor(s) are no part of NVLM-D and left out, first %s", len(extra), extra[0])
-    carried = {name: info.dtype for name, info in checkpoint.infos.items() if not name.startswith(PREFIX)}
-    return HfLayout(spec, carried, quant_algo, kv_cache_quant_algo, max_shard_bytes)
 
 
 @dataclass(frozen=True)
@@ -148,8 +123,8 @@ class HfExport:
 
     @cached_property
     def companions(self) -> list[Path]:
-        """Tokenizer, processor, configuration and modelling files, model card and licence of the source."""
-        return sorted(path for path in self.checkpoint.folder.iterdir() if path.is_file() and _is_companion(path.name))
+        """The files of the source that lie beside its weights."""
+        return companions_of(self.checkpoint.folder)
 
     def require_sources(self) -> None:
         """Nothing is written for files that are missing or for a calibration that lacks something.
@@ -294,12 +269,6 @@ def require_written(folder: Path, layout: HfLayout) -> None:
 def _config(checkpoint: Checkpoint, layout: HfLayout) -> dict[str, object]:
     quantization = layout.quantization_config
     return {**checkpoint.config, **({} if quantization is None else {"quantization_config": quantization})}
-
-
-def _is_companion(name: str) -> bool:
-    if name in _WRITTEN_ANEW or name.startswith(".") or name.endswith(".index.json"):
-        return False
-    return name.endswith(_COMPANION_SUFFIXES) or name.split(".")[0].upper() in _COMPANION_STEMS
 
 
 def _require_free(output: Path, source: Path, *, force: bool) -> None:

@@ -33,7 +33,8 @@ def assemble(recipe: Recipe) -> Step:
         write_repository(folder, sources, _serving_choices(recipe))
         return {}
 
-    return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",))
+    # links and configs: made in seconds, so that no former repository is kept
+    return Step("assemble", recipe.repository, inputs, _settings(recipe), make, ("tritonclient",), is_cheap=True)
 
 
 def _has_engines(recipe: Recipe) -> bool:
@@ -43,10 +44,10 @@ def _has_engines(recipe: Recipe) -> bool:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     """Assembling is cheap, so whatever its code would write differently counts as another choice."""
     from nvlm_deploy.triton.ensemble import ensemble_configs
-    from nvlm_deploy.triton.pbtxt import config_text
 
     configs = ensemble_configs(recipe.spec, _serving_choices(recipe), vision_digest="any")
-    texts = {config.name: config_text(config) for config in configs}
+    # what they say, not their text: that is written by tritonclient, which a dry run does without
+    texts = {config.name: repr(config) for config in configs}
     spec = dataclasses.asdict(recipe.spec)
     return {"profile": recipe.profile.name, "spec": spec, "configs": sha256_of_json(texts)}
 

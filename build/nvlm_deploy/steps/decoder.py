@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvlm_deploy.checkpoint.hf_source import companions_of, layout_for
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.fingerprint import built_here
 from nvlm_deploy.manifest import sha256_of_json
@@ -85,19 +86,19 @@ def quantize_llm(recipe: Recipe) -> Step:
 
 def export_hf(recipe: Recipe) -> Step:
     """The whole model as a Hugging Face folder for engines that know NVLM-D; resumes after a kill."""
-    from nvlm_deploy.llm.hf_checkpoint import HfExport, layout_for
-
     choice = recipe.profile.decoder
     layout = layout_for(
         recipe.checkpoint, recipe.spec, QUANT_ALGOS[choice.quantization], KV_CACHE_QUANT_ALGOS[choice.kv_cache]
     )
 
     def make(folder: Path) -> Mapping[str, Any]:
+        from nvlm_deploy.llm.hf_checkpoint import HfExport
+
         export = HfExport(recipe.checkpoint, layout, _calibration(recipe))
         export.write(folder, recipe.on_progress)
         return export.notes
 
-    companions = {path.name: path for path in HfExport(recipe.checkpoint, layout).companions}
+    companions = {path.name: path for path in companions_of(recipe.checkpoint_folder)}
     settings = choice.model_dump(include={"quantization", "kv_cache"})
     tools = ("torch", "safetensors")
     return Step("export-hf", recipe.hf_folder, companions | _sources(recipe), settings, make, tools, resumes=True)
@@ -176,15 +177,6 @@ def require_scales(recipe: Recipe) -> None:
             "be known from weights",
             hint='give it samples, or choose quantization = "fp8_per_channel", which needs none',
         )
-
-
-def engine_commands(recipe: Recipe) -> str:
-    """What `build-llm` would run, to paste."""
-    from nvlm_deploy.llm.engine import dry_run, plan_engines
-
-    settings = engine_settings(recipe)
-    plan = plan_engines(recipe.layout(), settings.sku, settings.limits)
-    return dry_run(plan, recipe.decoder_folder, recipe.decoder_engine_folder, settings)
 
 
 def engine_settings(recipe: Recipe) -> EngineSettings:

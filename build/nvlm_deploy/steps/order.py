@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from nvlm_deploy.errors import NvlmError
-from nvlm_deploy.pipeline import Pipeline, State, Step, require_current, state_of
+from nvlm_deploy.pipeline import Pipeline, State, Step, require_finished, state_of
 from nvlm_deploy.recipe import Recipe, steps_of_build
 from nvlm_deploy.steps.assembly import assemble, require_room
 from nvlm_deploy.steps.calibration_list import warn_of_too_few
@@ -21,7 +21,7 @@ from nvlm_deploy.steps.decoder import (
     require_engines,
     require_scales,
 )
-from nvlm_deploy.steps.vision import build_vision, export_vision, require_buildable
+from nvlm_deploy.steps.vision import build_vision, export_vision, require_buildable, require_encoder_builder
 
 STEPS: Mapping[str, Callable[[Recipe], Step]] = {
     "export-vision": export_vision,
@@ -53,19 +53,24 @@ def pipeline_of(recipe: Recipe, only: str | None = None, *, dry_run: bool = Fals
     """
     names = steps_of_build(recipe) if only is None else [only]
     _require_inputs(recipe, names, dry_run=dry_run)
-    if only is not None and not dry_run and not _is_calibrated_elsewhere(recipe, only):
-        _require_current_inputs(recipe, only)
+    before = {} if only is None else _before(recipe, only)
+    if not dry_run:
+        before = {} if only is not None and _is_calibrated_elsewhere(recipe, only) else before
+        require_finished(before)
     makers = {name: partial(STEPS[name], recipe) for name in names}
-    return Pipeline(recipe.workspace / "engines" / ".lock", makers, profile=recipe.profile.model_dump(mode="json"))
+    lock = recipe.workspace / "engines" / ".lock"
+    return Pipeline(lock, makers, profile=recipe.profile.model_dump(mode="json"), before=before)
 
 
-def _require_current_inputs(recipe: Recipe, step: str) -> None:
-    for before in READS.get(step, ()):
-        if before in steps_of_build(recipe):
+def _before(recipe: Recipe, step: str) -> dict[str, Callable[[], Step]]:
+    """Return what a step reads, and what that was made of, in the order in which they are made."""
+    found: dict[str, Callable[[], Step]] = {}
+    for name in READS.get(step, ()):
+        if name in steps_of_build(recipe):
             # which encoder a calibration saw is in its key: that may be gone, or lie with another profile
-            if before != "calibrate-llm":
-                _require_current_inputs(recipe, before)
-            require_current(STEPS[before](recipe))
+            found |= {} if name == "calibrate-llm" else _before(recipe, name)
+            found[name] = partial(STEPS[name], recipe)
+    return found
 
 
 def _is_calibrated_elsewhere(recipe: Recipe, step: str) -> bool:
@@ -91,6 +96,8 @@ def _require_inputs(recipe: Recipe, steps: Collection[str], *, dry_run: bool) ->
     recipe.require_lengths()
     if "build-vision" in steps:
         require_buildable(recipe.profile)
+        if not dry_run:
+            require_encoder_builder(recipe.profile)
     if "quantize-llm" in steps:
         recipe.layout()
     if not {"quantize-llm", "export-hf"}.isdisjoint(steps):

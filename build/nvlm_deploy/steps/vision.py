@@ -127,13 +127,20 @@ def encoder_without_gpu(recipe: Recipe, scratch: Path) -> OnnxRuntimeEngine:
 
 
 def require_buildable(profile: Profile) -> None:
-    """Refuse an engine that the profile's GPU could not run, before anything is read."""
-    from nvlm_deploy.vision.tensorrt import installed_module, require_target
+    """Refuse an engine that the profile's GPU could not run, before anything is read. Needs no builder."""
+    from nvlm_deploy.vision.tensorrt import require_target
 
     sku, vision = load_sku(profile.sku), profile.vision
     if vision.runtime != ONNX_RUNTIME:
         require_target(vision.runtime, vision.precision, sku)
-        installed_module(vision.runtime)
+
+
+def require_encoder_builder(profile: Profile) -> None:
+    """Raises MachineError where the builder of the profile's vision runtime is not installed."""
+    from nvlm_deploy.vision.tensorrt import installed_module
+
+    if profile.vision.runtime != ONNX_RUNTIME:
+        installed_module(profile.vision.runtime)
 
 
 def _write_engine(recipe: Recipe, folder: Path) -> None:

@@ -82,14 +82,18 @@ def prepare_backend(installation: Installation, folder: Path) -> None:
     backend = folder / "python"
     package = backend / "nvlm_deploy"
     package.mkdir(parents=True)
-    for part in (*installation.python_backend.iterdir(), installation.stub):
-        if part.is_file():
-            link_or_copy(part, backend / part.name)
-    for name, part in _parts_of_this_package().items():
+    for part in backend_files(installation):
+        link_or_copy(part, backend / part.name)
+    for name, part in package_parts().items():
         (package / name).symlink_to(part)
 
 
-def _parts_of_this_package() -> dict[str, Path]:
+def backend_files(installation: Installation) -> list[Path]:
+    """Return the files of the python backend, and the stub of this Python's version."""
+    return [part for part in (*sorted(installation.python_backend.iterdir()), installation.stub) if part.is_file()]
+
+
+def package_parts() -> dict[str, Path]:
     """The rooms by name. Where two clones are on the path, each is of the first that has it, as for Python's import."""
     roots = [Path(root).resolve() for root in import_module("nvlm_deploy").__path__]
     return {part.name: part for root in reversed(roots) for part in root.glob("[a-z]*")}

@@ -14,7 +14,8 @@ from nvlm_deploy.llm.engine_tool import CONTAINERS_HINT
 from nvlm_deploy.machine.nvidia_smi import Gpus, gpus_here
 from nvlm_deploy.manifest import MANIFEST_NAME, read_manifest
 from nvlm_deploy.sku import TENSORRT, TENSORRT_LLM, TENSORRT_RTX
-from nvlm_deploy.triton.repository import read_repository
+from nvlm_deploy.triton.ensemble import ENSEMBLE
+from nvlm_deploy.triton.repository import CONFIG_NAME, read_repository
 from nvlm_deploy.verification import DEFAULT_DEMAND, Demand, verified
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,14 @@ def require_servable(repository: Path, demand: Demand = DEFAULT_DEMAND) -> None:
 
     NvlmError for a folder that is no repository, MachineError where no driver answers for the engines in it.
     """
+    require_as_built(repository, demand)
+    _require_this_machine(repository)
+
+
+def require_as_built(repository: Path, demand: Demand = DEFAULT_DEMAND) -> None:
+    """As `require_servable`, whatever machine this is."""
     if not (repository / MANIFEST_NAME).exists():
-        read_repository(repository)
+        _require_repository(repository)
     found = verified(repository, demand)
     if not found.passed:
         sentences = "\n".join(f"  {problem.what}" for problem in found.problems)
@@ -37,8 +44,31 @@ def require_servable(repository: Path, demand: Demand = DEFAULT_DEMAND) -> None:
         raise RejectedError(f"{repository} is not what was built:\n{sentences}", hint="; or ".join(mends))
     for note in found.not_looked_at:
         log.info("not looked at: %s", note)
-    read_repository(repository)
-    _require_this_machine(repository)
+    _require_repository(repository)
+
+
+def why_not_here(repository: Path) -> str | None:
+    """Return why this machine would not serve a repository, for whoever only plans to; None where it would."""
+    try:
+        _require_this_machine(repository)
+    except NvlmError as problem:
+        return problem.message
+    return None
+
+
+def _require_repository(repository: Path) -> None:
+    """Raises NvlmError for a folder that is no repository.
+
+    Without tritonclient, on a machine that only plans, its configs are not read: that they are there must do.
+    """
+    try:
+        read_repository(repository)
+    except ModuleNotFoundError as problem:
+        if not (problem.name or "").startswith("tritonclient"):
+            raise
+        if not (repository / ENSEMBLE / CONFIG_NAME).is_file():
+            raise NvlmError(f"{repository} has no model {ENSEMBLE}: not a repository of ours") from None
+        log.warning("the configs of %s are not cross-checked: tritonclient is not installed here", repository)
 
 
 def _require_this_machine(repository: Path) -> None:

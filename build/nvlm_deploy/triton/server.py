@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.scratch import scratch_folder
 from nvlm_deploy.triton.engine_fit import EngineFacts
-from nvlm_deploy.triton.engine_launch import CONTAINERS_SERVER, engine_command, require_engine_server
+from nvlm_deploy.triton.engine_launch import engine_command, require_engine_server
 from nvlm_deploy.triton.installation import (
     Installation,
     find_installation,
@@ -237,15 +236,6 @@ def server_arguments(server: Path, repository: Path, choices: ServerChoices) -> 
         f"--metrics-port={ports.metrics}",
         *choices.extra_arguments,
     ]
-
-
-def command_to_paste(repository: Path, choices: ServerChoices) -> str | None:
-    """What serves TensorRT-LLM's engines in their container; None for the bundled server, which is not one command."""
-    facts, folder = engine_facts(repository, read_repository(repository)), repository.resolve()
-    if facts is None:
-        return None
-    command = engine_command(server_arguments(CONTAINERS_SERVER, folder, choices), facts, memory_name="prefix")
-    return f"cd {shlex.quote(str(folder))} && {shlex.join(command)}"
 
 
 def kill_group(leader: subprocess.Popen[bytes], *, patience_s: float = 10.0) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import typer
@@ -15,15 +15,17 @@ from rich.console import Console
 from nvlm_deploy.cli.options import (
     CalibrationOption,
     CheckpointArgument,
+    ContainerImageOption,
     DryRunOption,
     ForceOption,
     JsonOption,
     ProfileOption,
     WorkspaceOption,
 )
+from nvlm_deploy.llm.engine_tool import CONTAINER_IMAGE
 from nvlm_deploy.recipe import Recipe
 from nvlm_deploy.report.progress import BytesProgress
-from nvlm_deploy.steps.decoder import engine_commands
+from nvlm_deploy.steps.dry_run import Surroundings, dry_run_of
 from nvlm_deploy.steps.order import STEPS, pipeline_of
 
 HELP = {
@@ -52,6 +54,7 @@ class Request:
     recipe: Recipe
     force: bool
     only: str | None = None
+    surroundings: Surroundings = field(default_factory=Surroundings)
 
 
 def _verb(only: str | None = None) -> Callable[..., None]:
@@ -64,39 +67,40 @@ def _verb(only: str | None = None) -> Callable[..., None]:
         calibration: CalibrationOption = None,
         force: ForceOption = False,
         dry_run: DryRunOption = False,
+        container_image: ContainerImageOption = CONTAINER_IMAGE,
         json_output: JsonOption = False,
     ) -> None:
         from nvlm_deploy.profile import load_profile
 
+        surroundings = Surroundings(Path(profile) if profile.endswith(".toml") else None, container_image)
+
         with contextlib.closing(BytesProgress()) as progress:
             recipe = Recipe(checkpoint, load_profile(profile), workspace, calibration, progress)
-            _execute(Request(recipe, force, only), dry_run=dry_run, json_output=json_output)
+            request = Request(recipe, force, only, surroundings)
+            _plan(request, json_output=json_output) if dry_run else _execute(request, json_output=json_output)
 
     return run
 
 
-def _execute(request: Request, *, dry_run: bool, json_output: bool) -> None:
+def _plan(request: Request, *, json_output: bool) -> None:
+    pipeline = pipeline_of(request.recipe, request.only, dry_run=True)
+    found = dry_run_of(request.recipe, pipeline, request.surroundings, force=request.force)
+    if json_output:
+        print(json.dumps(found.as_json()))
+    else:
+        print("\n".join(found.lines))
+
+
+def _execute(request: Request, *, json_output: bool) -> None:
     console = Console(stderr=True, highlight=False)
     rows: list[dict[str, str | float]] = []
     started = time.monotonic()
-    pipeline = pipeline_of(request.recipe, request.only, dry_run=dry_run)
-    if dry_run:
-        rows = [{"step": name, "state": str(state)} for name, state in pipeline.plan(force=request.force)]
-    else:
-        for step, state in pipeline.run(force=request.force):
-            seconds = time.monotonic() - started
-            rows.append({"step": step.name, "state": str(state), "output": str(step.output), "seconds": seconds})
-            console.print(f"{step.name:14} {state:12} {seconds:7.1f} s  {step.output}")
-            started = time.monotonic()
-    report: dict[str, object] = {"profile": request.recipe.profile.name, "dry_run": dry_run, "steps": rows}
-    if dry_run and "build-llm" in pipeline.makers:
-        report["commands"] = engine_commands(request.recipe)
+    for step, state in pipeline_of(request.recipe, request.only).run(force=request.force):
+        seconds = time.monotonic() - started
+        rows.append({"step": step.name, "state": str(state), "output": str(step.output), "seconds": seconds})
+        console.print(f"{step.name:14} {state:12} {seconds:7.1f} s  {step.output}")
+        started = time.monotonic()
     if json_output:
-        print(json.dumps(report))
-    elif dry_run:
-        for row in rows:
-            print(f"{row['step']:14} {row['state']}")
-        if "commands" in report:
-            print(report["commands"])
+        print(json.dumps({"profile": request.recipe.profile.name, "dry_run": False, "steps": rows}))
     else:
         print(rows[-1]["output"])

@@ -11,7 +11,7 @@ import traceback
 import typer
 from rich.console import Console
 
-from nvlm_deploy.cli import ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
+from nvlm_deploy.cli import artifacts, ask, build, demo, doctor, inspect, plan, profiles, serve, validate, verify
 from nvlm_deploy.cli.control_characters import visible
 from nvlm_deploy.cli.interruption import INTERRUPTED, Ending, Interruption
 from nvlm_deploy.cli.lines import wrapped
@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, profiles, plan, build, verify, serve, ask, validate, doctor, demo):
+for verb in (inspect, profiles, plan, build, artifacts, verify, serve, ask, validate, doctor, demo):
     verb.register(app)
 
 

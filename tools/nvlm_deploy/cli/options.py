@@ -18,3 +18,6 @@ CalibrationOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, also on failure.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Build again what is up to date.")]
+ContainerImageOption = Annotated[
+    str, typer.Option("--container-image", help="How your registry calls the image that a dry run's commands name.")
+]

@@ -21,6 +21,8 @@ if str(MODELS) not in sys.path:  # tests/models is a folder of scripts that impo
 # a shell that starts us in the background has SIGINT ignored, and every child would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["core_selection"]
+
 CheckpointMaker = Callable[..., Any]
 
 

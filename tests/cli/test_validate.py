@@ -45,6 +45,7 @@ def compared(samples: Path, reference: str, candidate: str, *more: str) -> objec
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_one_point_less_is_allowed(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(samples, "wrong-0:1", "wrong-1:1") == 0
     output = capsys.readouterr().out
@@ -53,17 +54,20 @@ def test_one_point_less_is_allowed(samples: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_two_points_less_is_exit_code_1(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(samples, "wrong-0:1", "wrong-2:1") == 1
     assert "NO" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_the_bound_can_be_chosen(samples: Path) -> None:
     assert compared(samples, "wrong-0:1", "wrong-2:1", "--max-drop", "2") == 0
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_json_is_one_document_with_both_models_and_the_verdict(
     samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +79,7 @@ def test_json_is_one_document_with_both_models_and_the_verdict(
     assert document["bars"][0]["holds"] is False
 
 
+@pytest.mark.needs("build")
 def test_samples_that_are_not_there_are_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(str(tmp_path), "--samples", str(tmp_path)) == 2
     assert "samples.jsonl" in capsys.readouterr().err

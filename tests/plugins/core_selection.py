@@ -120,7 +120,9 @@ def extra_needed_by_path(path: Path) -> str | None:
     name = path.relative_to(TESTS).as_posix()
     listed = next((extra for listed, extra in NEEDED_BY_PATH.items() if f"{name}/".startswith(f"{listed}/")), None)
     if listed is None and path.suffix == ".py" and path.name.startswith("test_"):
-        return next((extra for library in top_imports(path) for extra in LIBRARIES if library in LIBRARIES[extra]), None)
+        return next(
+            (extra for library in top_imports(path) for extra in LIBRARIES if library in LIBRARIES[extra]), None
+        )
     return listed
 
 

@@ -22,7 +22,7 @@ from nvlm_deploy.triton.installation import libpython_folder
 REPOSITORY = Path(__file__).parents[2]
 CHOOSE, MAKE_VENV = REPOSITORY / "tools/choose_python.sh", REPOSITORY / "tools/make_venv.sh"
 FITTING = "3.11 3.12"
-COMMANDS = [
+COMMANDS = (
     "sh",
     "make",
     "awk",
@@ -37,9 +37,8 @@ COMMANDS = [
     "rm",
     "mkdir",
     "dirname",
-    "env",
     "cp",
-]
+)
 
 # Answers as a Python of another version would. `-m venv FOLDER` makes a folder with itself as its Python.
 FAKE = """#!/bin/sh

@@ -28,7 +28,10 @@ unchanged() { # whether it lies where it was made, with the Python it was made w
     [ "$(marked 1)" = "$place" ] && [ "$(marked 3)" = "$(version_of "$folder/bin/python")" ]
 }
 
-as_asked() { [ -z "$python" ] || [ "$(marked 2)" = "$python" ]; }
+as_asked() { # a folder that make did not make: the version is enough
+    [ -z "$python" ] || [ "$(marked 2)" = "$python" ] ||
+        { [ "$(marked 2)" = "$foreign" ] && [ "$(marked 3)" = "$(version_of "$python")" ]; }
+}
 
 chosen() { path=$("$here/choose_python.sh" "$purpose" "$versions" "$@") && readlink -f "$path"; }
 

@@ -298,7 +298,9 @@ def test_a_folder_that_make_did_not_make_is_used_where_it_fits_and_never_removed
     machine.python(machine.bin / "python3.11", 11)
     machine.python(machine.folder / ".venv/bin/python", 12)
     (machine.folder / ".venv/installed").touch()
+    machine.python(machine.bin / "python3.12", 12)
     assert machine.venv().returncode == 0
+    assert machine.venv("3.12").returncode == 0
     for asked in [("3.11",), ("python3.11",)]:
         answer = machine.venv(*asked)
         assert (answer.returncode, installed(machine), version_in(machine)) == (1, True, "12")

@@ -23,6 +23,8 @@ for scripts in (MODELS, CLIENT):  # folders of scripts that import one another
 # a shell that starts us in the background has SIGINT ignored, and every child would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["core_selection"]
+
 CheckpointMaker = Callable[..., Any]
 
 

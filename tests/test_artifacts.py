@@ -423,6 +423,7 @@ def test_a_full_disk_is_the_machines_fault_and_changes_nothing(small_disk):
     ]
 
 
+@pytest.mark.needs("build")
 def test_a_full_disk_while_writing_safetensors_is_the_machines_fault_too(small_disk):
     import torch
 

@@ -266,6 +266,7 @@ def test_profiles_of_no_gpu_run_anywhere(smi) -> None:
     assert {"cpu", "cpu-bf16"} <= set(profiles_for(gpus_here({})))
 
 
+@pytest.mark.needs("build")
 def test_the_serving_model_refuses_a_plan_of_another_machine(smi, workspace, monkeypatch) -> None:
     import torch
 

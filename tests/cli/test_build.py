@@ -88,6 +88,7 @@ def start_build(tiny_folder: Path, workspace: Path, verb: str = "build") -> subp
 
 
 @pytest.mark.slow
+@pytest.mark.needs("build")
 def test_a_build_killed_in_the_middle_goes_on_where_it_was_and_ends_with_the_same_bytes(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_build_killed_in_the_middle_goes_on_where_it_was_and_ends_with_the_sam
 
 
 @pytest.mark.slow
+@pytest.mark.needs("build")
 def test_an_export_killed_among_the_weights_goes_on_and_ends_with_the_same_bytes(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +138,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing_half_written(tiny_folder: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.needs("build")
 def test_a_disk_that_fills_up_while_building_is_said_and_the_build_goes_on_after(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_checkpoint_that_is_not_there_is_said_as_that(tmp_path: Path, capsys: 
 
 
 @pytest.mark.slow
+@pytest.mark.needs("build")
 def test_the_encoder_of_one_checkpoint_is_not_joined_to_the_decoder_of_another(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_as_json_it_is_one_document_also_when_the_answer_is_no(container, capsys
     assert all(finding["passed"] or finding["fix"] for finding in document["findings"])
 
 
+@pytest.mark.needs("build")
 def test_a_checkpoint_of_ones_own_is_what_is_asked_about(container, checkpoint, capsys):
     assert exit_code_of("doctor", "--container", "--checkpoint", checkpoint, "--json") == 0
     checks = [finding["check"] for finding in json.loads(capsys.readouterr().out)["findings"]]
@@ -393,6 +394,7 @@ def test_a_port_in_use_is_named(capsys) -> None:
     assert "ss -ltnp" in found["ports"]["fix"]
 
 
+@pytest.mark.needs("serve")
 def test_missing_libpython_old_glibc_and_another_python_have_their_fixes(capsys, monkeypatch) -> None:
     def none(version: str) -> Path:
         raise MachineError(f"no libpython{version}.so.1.0 found", hint=f"apt-get install libpython{version}")

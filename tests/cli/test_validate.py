@@ -45,6 +45,7 @@ def compared(samples: Path, reference: str, candidate: str, *more: str) -> objec
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_a_loss_that_is_within_the_bound_with_its_interval_holds(
     samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_loss_that_is_within_the_bound_with_its_interval_holds(
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_a_loss_beyond_the_bound_with_its_interval_fails(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(samples, "wrong-0:1", "wrong-9:1") == 1
     output = capsys.readouterr().out
@@ -63,6 +65,7 @@ def test_a_loss_beyond_the_bound_with_its_interval_fails(samples: Path, capsys: 
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 @pytest.mark.parametrize(("limit", "needed"), [("12", "194"), ("40", "194")])
 def test_so_few_questions_are_undecided_though_nothing_was_lost(
     limit: str, needed: str, samples: Path, capsys: pytest.CaptureFixture[str]
@@ -75,6 +78,7 @@ def test_so_few_questions_are_undecided_though_nothing_was_lost(
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_undecided_is_in_the_document_with_the_questions_that_are_needed(
     samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +89,7 @@ def test_undecided_is_in_the_document_with_the_questions_that_are_needed(
 
 
 @pytest.mark.usefixtures("servers")
+@pytest.mark.needs("build")
 def test_json_is_one_document_with_both_models_and_the_verdict(
     samples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +101,7 @@ def test_json_is_one_document_with_both_models_and_the_verdict(
     assert document["bars"][0]["holds"] is False
 
 
+@pytest.mark.needs("build")
 def test_samples_that_are_not_there_are_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(str(tmp_path), "--samples", str(tmp_path)) == 2
     assert "samples.jsonl" in capsys.readouterr().err

@@ -82,6 +82,7 @@ def test_trap_1_the_config_says_25_heads_and_the_weights_hold_32(config):
     assert (spec.vision.heads, spec.vision.padded_heads, spec.vision.attention_width) == (25, 32, 4096)
 
 
+@pytest.mark.needs("build")
 def test_trap_1_only_32_heads_give_the_published_parameter_count(config):
     padded, unpadded = (sum(parameter_count(spec_from_config(config, padded_heads=heads))) for heads in (32, 25))
     assert f"{padded / 1e9:.3f}" == "79.380"  # as the hub lists it
@@ -109,6 +110,7 @@ def test_trap_8_six_tiles_are_the_most_by_default_and_not_twelve(config):
     assert spec_from_config(config).tiling.max_tiles == 6
 
 
+@pytest.mark.needs("build")
 def test_trap_9_fp8_weights_alone_do_not_fit_one_80_gb_gpu(config):
     spec = spec_from_config(config)
     vision, projector, decoder = parameter_count(spec)

@@ -108,6 +108,7 @@ def _transformers_count(width: int, height: int, spec: TilingSpec) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [RELEASED, SMALL], ids=["released", "small"])
+@pytest.mark.needs("test")
 def test_tile_counts_equal_transformers_got_ocr2_over_random_sizes(spec):
     random = np.random.default_rng(0)
     sizes = np.exp(random.uniform(0, np.log(8 * spec.tile_size), (1500, 2))).astype(int) + 1

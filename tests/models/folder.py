@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nvlm_deploy.checkpoint.writer import write_shards
 from nvlm_deploy.model.spec import ModelSpec, VisionSpec, spec_from_config
 from tokenizer import build_tokenizer, write_tokenizer
+
+if TYPE_CHECKING:  # config() is for tests without torch too
+    import torch
 
 DUMMY_HEADS = 7
 MAX_SHARD_BYTES = 2_800_000
@@ -114,13 +115,15 @@ def _released_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     shapes = spec().vision
     for name, tensor in decoder.items():
-        yield f"language_model.{name}", tensor.detach().to(torch.bfloat16)
+        yield f"language_model.{name}", tensor.detach().bfloat16()
     for name, tensor in vision.items():
-        yield name, with_dummy_heads(name, tensor.detach(), shapes).to(torch.bfloat16)
+        yield name, with_dummy_heads(name, tensor.detach(), shapes).bfloat16()
 
 
 def with_dummy_heads(name: str, tensor: torch.Tensor, shapes: VisionSpec) -> torch.Tensor:
     """Zero rows and columns for the dummy heads, trailing in each of q, k and v as in the release."""
+    import torch
+
     missing = DUMMY_HEADS * shapes.head_size
     if name.endswith("attn.qkv.weight"):
         parts = [torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in tensor.chunk(3)]
@@ -132,6 +135,8 @@ def with_dummy_heads(name: str, tensor: torch.Tensor, shapes: VisionSpec) -> tor
 
 def without_dummy_heads(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What with_dummy_heads was given."""
+    import torch
+
     width = spec().vision.hidden_size
     if name.endswith("attn.qkv.weight"):
         return torch.cat([part[:width] for part in tensor.chunk(3)])

@@ -49,6 +49,7 @@ def quantised(workspace: Path, checkpoint: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("build")
 def test_a_disk_that_is_full_at_any_file_is_said_with_its_place_and_gone_on_from(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,12 +27,14 @@ from nvlm_deploy.triton.server import (
 )
 
 
+@pytest.mark.needs("serve")
 def test_configs_must_be_complete_and_only_the_given_address_listens(tmp_path) -> None:
     command = server_command(find_installation(), tmp_path, tmp_path, ServerChoices(Ports(1, 2, 3, "127.0.0.9")))
     assert "--disable-auto-complete-config" in command
     assert {"--grpc-address=127.0.0.9", "--http-address=127.0.0.9", "--metrics-address=127.0.0.9"} <= set(command)
 
 
+@pytest.mark.needs("serve")
 def test_the_backend_folder_has_the_stub_and_this_package(tmp_path) -> None:
     prepare_backend(find_installation(), tmp_path)
     assert os.access(tmp_path / "python" / "triton_python_backend_stub", os.X_OK)
@@ -40,6 +42,7 @@ def test_the_backend_folder_has_the_stub_and_this_package(tmp_path) -> None:
     assert (tmp_path / "python" / "nvlm_deploy" / "serving" / "preprocessing.py").is_file()
 
 
+@pytest.mark.needs("serve")
 def test_of_two_clones_on_the_path_the_server_gets_what_python_imports(tmp_path, monkeypatch) -> None:
     """PYTHONPATH names one, the other is installed: the stub must run the same code as this process."""
     import nvlm_deploy
@@ -55,6 +58,7 @@ def test_of_two_clones_on_the_path_the_server_gets_what_python_imports(tmp_path,
     assert (package / "serving").resolve() == tmp_path / "first" / "nvlm_deploy" / "serving"
 
 
+@pytest.mark.needs("serve")
 def test_the_stub_finds_all_its_libraries(tmp_path) -> None:
     installation = find_installation()
     listed = subprocess.run(
@@ -64,6 +68,7 @@ def test_the_stub_finds_all_its_libraries(tmp_path) -> None:
     assert "not found" not in listed.stdout
 
 
+@pytest.mark.needs("serve")
 def test_the_environment_keeps_the_threads_few_and_this_python_first() -> None:
     environment = server_environment(find_installation(), threads=2)
     assert environment["OMP_NUM_THREADS"] == "2"

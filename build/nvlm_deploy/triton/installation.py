@@ -45,7 +45,7 @@ def find_installation() -> Installation:
     for part in (installation.server, installation.python_backend, installation.stub, *installation.library_folders):
         if not part.exists():
             raise MachineError(
-                f"nvidia-pytriton has no {part.name} for Python {version}", hint="use Python 3.11 to 3.13"
+                f"nvidia-pytriton has no {part.name} for Python {version}", hint="use Python 3.11 or 3.12"
             )
     _require_old_numpy()
     return installation
@@ -70,7 +70,10 @@ def _require_old_numpy() -> None:
     """The stub's pybind11 reads numpy 2's arrays wrong: every string tensor would crash it."""
     version = metadata.version("numpy")
     if int(version.split(".")[0]) >= 2:
-        raise MachineError(f"numpy {version} crashes Triton's python stub", hint="pip install 'numpy<2'")
+        raise MachineError(
+            f"numpy {version} crashes Triton's python stub",
+            hint="pip install 'numpy<2', which has wheels for Python 3.11 and 3.12",
+        )
 
 
 def prepare_backend(installation: Installation, folder: Path) -> None:

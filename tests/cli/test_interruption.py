@@ -20,7 +20,7 @@ from nvlm_deploy.triton.server import Ports
 
 NVLM = [sys.executable, "-c", "from nvlm_deploy.cli.main import run; run()"]
 BUILD_LIKE = ["build", "demo", *STEPS]
-OTHERS = ["ask", "doctor", "inspect", "plan", "profiles", "serve", "sign", "validate", "verify"]
+OTHERS = ["artifacts", "ask", "doctor", "inspect", "plan", "profiles", "serve", "sign", "validate", "verify"]
 
 
 def test_every_verb_is_in_one_of_the_lists() -> None:

@@ -171,7 +171,7 @@ def test_words_are_one_str_or_a_list_of_them(name, given_words, expected) -> Non
         "\ud800",
         ["a\udce9"],
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" object at ")[0],
 )
 def test_what_is_no_word_is_refused_by_name(name, value) -> None:
     with pytest.raises(NvlmError, match=rf"{name}.* (is empty|expected a str|not valid UTF-8)"):

@@ -55,6 +55,7 @@ class ListSink:
         self.steps: list[Progress] = []
         self.problem: Exception | None = None
         self.cancelled = False
+        self.has_ended = False
         self.done = threading.Event()
 
     def progress(self, step: Progress) -> None:
@@ -196,17 +197,41 @@ def test_cancelling_by_id_ends_the_running_or_waiting_request_of_that_id(schedul
     engine.gate.clear()
     sinks = [submit(scheduler, 1, 90, request_id=f"{number}") for number in range(8)]
     for number in range(1, 8, 2):
-        scheduler.cancel(f"{number}")
+        scheduler.cancel_named(f"{number}")
     engine.gate.set()
     lengths = [len(sink.ids) for sink in sinks]
     assert all(length < 50 for length in lengths[1::2])
     assert all(length == 90 for length in lengths[::2])
 
 
+def test_a_key_names_one_request_among_many_of_one_id(scheduler, engine) -> None:
+    engine.gate.clear()
+    sinks = [ListSink() for _ in range(3)]
+    generations = [Generation((10,), 5, END, request_id="same") for _ in sinks]
+    for generation, sink in zip(generations, sinks, strict=True):
+        scheduler.submit(generation, sink)
+    scheduler.cancel(generations[1].key)
+    engine.gate.set()
+    assert [len(sink.ids) == 5 for sink in sinks] == [True, False, True]
+
+
+def test_a_sink_that_has_ended_the_answer_frees_its_slot(scheduler, engine) -> None:
+    class OneToken(ListSink):
+        def progress(self, step: Progress) -> None:
+            super().progress(step)
+            self.has_ended = True
+            self.done.set()
+
+    sink = submit(scheduler, 10, 5, OneToken())
+    assert sink.ids == [11]
+    assert submit(scheduler, 20, 2).ids == [21, 22]
+    assert not engine.busy
+
+
 def test_cancelling_an_id_that_two_clients_use_ends_nobodys_answer(scheduler, engine) -> None:
     engine.gate.clear()
     sinks = [submit(scheduler, 1, 90, request_id="1") for _ in range(2)]
-    scheduler.cancel("1")
+    scheduler.cancel_named("1")
     engine.gate.set()
     assert [len(sink.ids) for sink in sinks] == [90, 90]
 

@@ -51,12 +51,11 @@ def list_of(folder: Path, *lines: dict[str, Any]) -> Path:
         ),
         (GOOD | {"images": ["a.jpg"] * 17}, "17 images, profile 'mine' serves at most 16 a request", "max_images"),
         (GOOD | {"images": ["a.jpg"], "question": "<image><image>"}, "2 <image> placeholder(s)", "once per image"),
-        (GOOD | {"question": "<|vision_pad|>"}, "reserved token", "remove it"),
         (GOOD | {"images": ["text.png"]}, "text.png: not an image", "replace it by a whole JPEG"),
         (GOOD | {"images": ["none.png"]}, "no image", "put it there"),
         (GOOD | {"answer": 3}, "answer: Input should be a valid string", "mend its line"),
     ],
-    ids=["long question", "long answer", "images", "placeholders", "reserved", "no picture", "missing", "type"],
+    ids=["long question", "long answer", "images", "placeholders", "no picture", "missing", "type"],
 )
 def test_a_sample_that_no_server_would_take_is_named_by_list_and_line(
     tiny_folder: Path, tmp_path: Path, line: dict[str, Any], words: str, mend: str

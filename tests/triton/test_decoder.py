@@ -42,6 +42,8 @@ def test_every_input_is_upstreams_whichever_decoder_is_behind_it(tiny_spec, engi
     expected = {name: (kind, dims, how) for name, kind, dims, how in upstream(INPUTS)}
     # only the width of the table is said more closely
     expected["prompt_embedding_table"] = ("TYPE_BF16", (-1, tiny_spec.decoder.hidden_size), ["ragged"])
+    if engines is None:  # which makes the answer's text as well
+        expected["stop_texts"] = ("TYPE_STRING", (-1,), ["ragged"])
     found = config_of(tiny_spec, engines=engines).inputs
     assert {tensor.name: (tensor.data_type, tensor.dims, how_it_comes(tensor)) for tensor in found} == expected
 

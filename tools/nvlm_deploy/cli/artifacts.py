@@ -11,6 +11,7 @@ import typer
 
 from nvlm_deploy.cli.lines import wrapped
 from nvlm_deploy.cli.options import DryRunOption, JsonOption
+from nvlm_deploy.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from nvlm_deploy.workspace import Stored
@@ -20,7 +21,7 @@ _MOST_SHOWN = 6
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="What a workspace stores: list it, remove what is not current.")
+    group = typer.Typer(cls=Verbs, help="What a workspace stores: list it, remove what is not current.")
     group.command(name="list")(list_artifacts)
     group.command(name="prune")(prune)
     app.add_typer(group, name="artifacts")

@@ -103,4 +103,14 @@ def _raw(spec: TensorSpec, values: Sequence[Any]) -> bytes:
     """Numbers little-endian; each string behind its length in four bytes."""
     if spec.dtype == "string":
         return b"".join(part for value in values for part in (len(value).to_bytes(4, "little"), value))
+    if np.dtype(spec.dtype).kind in "iu":
+        _require_range(spec, values)
     return np.array(values, dtype=spec.dtype).tobytes()
+
+
+def _require_range(spec: TensorSpec, values: Sequence[int]) -> None:
+    """numpy 1.26 wraps a number that is too large around with a mere warning, numpy 2 raises an error of its own."""
+    limits = np.iinfo(spec.dtype)
+    for value in values:
+        if not limits.min <= value <= limits.max:
+            raise NvlmError(f"{spec.name} is {value}, expected {limits.min} to {limits.max}")

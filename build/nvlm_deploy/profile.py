@@ -78,7 +78,7 @@ class CalibrationChoice(_Section):
 
 
 class ServingChoice(_Section):
-    """What a request may ask for, and how its images are read.
+    """What a request may ask for, how its images are read, and how many requests may wait.
 
     `wrapper` is the chat turn around the question (model/prompt.py). `images` and the limits of an image file are
     explained in image_file/reading.py and limits.py.
@@ -92,6 +92,9 @@ class ServingChoice(_Section):
     max_image_bytes: Count = ImageLimits().max_image_bytes
     max_image_pixels: Annotated[int, Field(gt=0, le=MOST_PIXELS)] = ImageLimits().max_image_pixels
     max_request_pixels: Count = ImageLimits().max_request_pixels
+    max_request_bytes: Count = 128 * 2**20
+    max_waiting_requests: Count = 1024
+    max_waiting_bytes: Count = 512 * 2**20
 
     @property
     def image_reading(self) -> ImageReading:

@@ -26,6 +26,12 @@ pytestmark = pytest.mark.slow
 EIGHT = Generation(max_tokens=8)
 
 
+def small_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 @pytest.fixture(scope="module")
 def image(picture) -> bytes:
     return picture(168, 112)
@@ -100,7 +106,7 @@ def test_a_seed_draws_the_same_answer_again(client) -> None:
     [
         ("", (), EIGHT, "empty"),
         ("hello", (b"no picture",), EIGHT, "not an image"),
-        ("<image> hello", (), EIGHT, "placeholder"),
+        ("<image> <image> hello", (small_png(),), EIGHT, "placeholder"),
         ("hello", (), Generation(max_tokens=0), "max_tokens is 0"),
         ("hello", (), Generation(max_tokens=10**9), "max_seq_len"),
         ("hello", (), Generation(max_tokens=-1), "max_tokens is -1"),
@@ -108,7 +114,7 @@ def test_a_seed_draws_the_same_answer_again(client) -> None:
         ("hello", (), Generation(top_p=1.5), "top_p is 1.5"),
         ("hello", (), Generation(top_k=-1), "top_k is -1"),
         ("hello", (), Generation(repetition_penalty=0), "repetition_penalty is 0"),
-        ("hello", (), Generation(stop_words=["x"] * 1000), "stop words"),
+        ("hello", (), Generation(stop_words=[f"x{n}" for n in range(65)]), "stop_words holds 65 words"),
     ],
 )
 def test_a_refused_request_is_wrong_input(client, question, images, generation, telling: str) -> None:
@@ -121,7 +127,7 @@ def test_a_refused_request_is_wrong_input(client, question, images, generation, 
 
 def test_a_hint_of_the_server_is_the_hint_of_the_error(client) -> None:
     with pytest.raises(NvlmError) as refused:
-        client.ask("<image> hello").answer()
+        client.ask("<image> <image> hello", small_png()).answer()
     assert refused.value.hint
     assert refused.value.hint not in refused.value.message
 

@@ -70,6 +70,19 @@ def test_sequences_of_different_lengths_decode_together(decoder, slots) -> None:
             assert close(row, plain_logits(decoder, prompts[slot]))
 
 
+def test_a_sequence_has_the_same_bits_alone_and_among_others(decoder) -> None:
+    """With FP8 a last bit may become another code, and another answer."""
+    tokens = [20, 33, 41]
+    alone = engine_of(decoder)
+    alone.prefill(0, [7] * 9, None)
+    expected = [alone.decode([0], [token])[0] for token in tokens]
+    together = engine_of(decoder)
+    for slot, length in enumerate((9, 3, 20, 14)):
+        together.prefill(slot, [7 + slot] * length, None)
+    found = [together.decode([0, 1, 2, 3], [token, 5, 6, 7])[0] for token in tokens]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_reused_slot_knows_nothing_of_its_former_sequence(decoder) -> None:
     engine = engine_of(decoder)
     engine.prefill(0, [1] * 30, torch.full((4, decoder.spec.hidden_size), float("nan")))

@@ -150,7 +150,7 @@ def test_an_input_the_model_does_not_have_is_refused(server) -> None:
     tensor.set_data_from_numpy(np.ones(1, dtype=np.float32))
     with grpc.InferenceServerClient(server.grpc_url) as client:
         with pytest.raises(InferenceServerException, match="top_q") as failure:
-            client.infer("preprocessing", [tensor])
+            client.infer("vision_encoder", [tensor])
         assert failure.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 

@@ -33,7 +33,7 @@ def test_each_key_arrives_as_it_was_sent(keys) -> None:
 
 def test_what_is_no_key_is_passed_over(keys) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        for message in (b"x", b"x" * 9):
+        for message in (b"", b"x", b"x" * 9):
             other.sendto(message, stopping.address())
     sender = StopSender()
     sender.send(5)
@@ -49,4 +49,5 @@ def test_without_a_receiver_nothing_is_raised(monkeypatch) -> None:
 
 
 def test_the_name_is_the_servers_own() -> None:
-    assert stopping.address() == f"\0nvlm-stop-{os.getppid()}"
+    assert stopping.address().startswith("\0nvlm-stop-pid:[")
+    assert stopping.address().endswith(f"-{os.getppid()}")

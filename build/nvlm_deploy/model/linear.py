@@ -18,9 +18,16 @@ LARGE_ELEMENTS = 1 << 19
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., in] times weight [out, in], plus bias [out]: functional.linear, for inference."""
+    """Return x [..., in] times weight [out, in], plus bias [out]: functional.linear, for inference.
+
+    On a CPU a small weight gives a row the same bits alone as among others: one row is multiplied as two, because the
+    kernel for a vector sums in another order than the one for a matrix. An FP8 decoder needs that: a last bit that
+    rounds to another e4m3 code changes a sampled answer with the company it is in.
+    """
     onednn = _onednn() if weight.dtype == torch.float32 and weight.numel() >= LARGE_ELEMENTS else None
     if onednn is None or weight.device.type != "cpu":
+        if x.numel() == x.shape[-1] and not x.is_cuda:
+            return functional.linear(x.reshape(1, -1).expand(2, -1), weight, bias)[0].reshape(*x.shape[:-1], -1)
         return functional.linear(x, weight, bias)
     return onednn(x, weight, bias, "none", [], "")
 

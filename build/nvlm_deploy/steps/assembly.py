@@ -65,6 +65,9 @@ def _serving_choices(recipe: Recipe) -> ServingChoices:
         default_max_tokens=serving.default_max_tokens,
         prompt_wrapper=serving.wrapper,
         images=serving.image_reading,
+        max_request_bytes=serving.max_request_bytes,
+        max_waiting_requests=serving.max_waiting_requests,
+        max_waiting_bytes=serving.max_waiting_bytes,
         kv_cache_dtype=KV_CACHE_DTYPES[decoder.kv_cache],
     )
     return _with_engines(recipe, choices) if _has_engines(recipe) else choices

@@ -89,8 +89,8 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; returns at once.
 
-        A request with `stop` ends those of its own id, as the C++ backend's does. An id is what a client chose: nothing
-        of ours sends one.
+        A request with `stop` ends the one of its own id, as the C++ backend's does, among those that were sent to this
+        model: the ensemble's bear ids of many clients.
         """
         for request in requests:
             sender = request.get_response_sender()
@@ -129,6 +129,7 @@ class TritonPythonModel:
             stop_words=_words(request, tensors.STOP_WORDS_LIST),
             bad_words=self._bad_words(request),
             request_id=str(request.request_id()),
+            can_be_named=backend.array(request, tensors.STOP_TEXTS) is None,
         )
 
     def _prompt(self, request: Any) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ class Generation:
     """What is to be generated after one prompt.
 
     `prompt` numbers visual tokens from vocab_size on; they are rows of `table` [rows, hidden]. `key` is the server's
-    own name of the request; `request_id` is what its client calls it, which others may use too.
+    own name of the request; `request_id` is what its client calls it, which others may use too: only where
+    `can_be_named` does it name the request to `cancel_named`.
     """
 
     prompt: tuple[int, ...]
@@ -41,6 +42,7 @@ class Generation:
     stop_words: tuple[Word, ...] = ()
     bad_words: tuple[Word, ...] = ()
     request_id: str = ""
+    can_be_named: bool = True
     key: int = field(default_factory=lambda: secrets.randbits(64))
 
 
@@ -194,7 +196,7 @@ class Scheduler:
 
         When several clients use one id nobody can tell whose request is meant: all go on to their own end.
         """
-        self._cancel(lambda generation: generation.request_id == request_id)
+        self._cancel(lambda generation: generation.can_be_named and generation.request_id == request_id)
 
     def _cancel(self, is_meant: Callable[[Generation], bool]) -> None:
         with self._changed:

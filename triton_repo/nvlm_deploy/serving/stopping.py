@@ -11,13 +11,17 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 _KEY = struct.Struct("<Q")
 
 
 def address() -> str:
-    """Return the abstract socket's name: the processes of all models are children of one server."""
-    return f"\0nvlm-stop-{os.getppid()}"
+    """Return the abstract socket's name: the processes of all models are children of one server.
+
+    Containers may share the network's names and count their processes alike, so the name holds the process namespace.
+    """
+    return f"\0nvlm-stop-{Path('/proc/self/ns/pid').readlink()}-{os.getppid()}"
 
 
 class StopSender:
@@ -41,6 +45,7 @@ class StopReceiver:
 
     def __init__(self, stop: Callable[[int], None]) -> None:
         self._stop = stop
+        self._is_closing = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(address())
         self._thread = threading.Thread(target=self._receive, name="stop receiver", daemon=True)
@@ -48,12 +53,14 @@ class StopReceiver:
 
     def close(self) -> None:
         """End the thread."""
+        self._is_closing = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
         self._thread.join(timeout=1)
         self._socket.close()
 
     def _receive(self) -> None:
-        while message := self._socket.recv(_KEY.size + 1):
+        while not self._is_closing:
+            message = self._socket.recv(_KEY.size + 1)
             if len(message) == _KEY.size:
                 self._stop(_KEY.unpack(message)[0])

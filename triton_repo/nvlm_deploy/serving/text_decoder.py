@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 
 from nvlm_deploy import tensors
-from nvlm_deploy.errors import MachineError
 from nvlm_deploy.serving import backend
 from nvlm_deploy.serving.answer_text import AnswerText, Ending, Piece
 from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
@@ -33,7 +32,15 @@ DECODER = "tensorrt_llm"
 STARTING = 16
 # how long a stop is given before it is sent again: the request may still be on its way to the backend
 STOP_AGAIN_S = 0.1
-_WANTED = [spec.name for spec in (tensors.OUTPUT_IDS, tensors.INPUT_TOKEN_COUNT, tensors.OUTPUT_TOKEN_COUNT)]
+_WANTED = [
+    spec.name
+    for spec in (
+        tensors.OUTPUT_IDS,
+        tensors.SEQUENCE_LENGTH,
+        tensors.INPUT_TOKEN_COUNT,
+        tensors.OUTPUT_TOKEN_COUNT,
+    )
+]
 _OURS = {tensors.STOP_TEXTS.name}
 
 
@@ -128,8 +135,8 @@ class Relayed:
         if self.is_abandoned.is_set():
             logger.info("request %d was cancelled after %d tokens", self.key, answer.tokens)
             self.end(backend.cancelled_response())
-        elif not self._has_ended.is_set():
-            raise MachineError("the decoder ended the answer early", hint="the reason is in the server's log")
+        elif not self._has_ended.is_set():  # in one piece the backend says nothing of an end id but that it has ended
+            self._deliver(answer.piece([]))
 
     def abandon(self) -> None:
         """Have the backend stop, again and again until it does."""

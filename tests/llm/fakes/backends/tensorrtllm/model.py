@@ -1,6 +1,7 @@
 """A fake of TensorRT-LLM's Triton backend (see ../../README.md): Triton loads it by the backend's name.
 
-It asks of config.pbtxt and of every request what the C++ one asks, and answers with the prompt's own ids.
+It asks of config.pbtxt and of every request what the C++ one asks, and answers with the prompt's own ids, without end
+ids: TensorRT-LLM ends at one and does not count it as output.
 """
 
 import json
@@ -64,7 +65,8 @@ class TritonPythonModel:
         self.require_table(given, ids)
         length = int(given["request_output_len"].as_numpy()[0])
         require(count + length <= self.build["max_seq_len"], "prompt and output exceed max_seq_len of the engine")
-        text = [int(one) for one in ids[0] if one < self.model["vocab_size"]]
+        end = int(given["end_id"].as_numpy()[0])
+        text = [int(one) for one in ids[0] if one < self.model["vocab_size"] and one != end]
         pieces = [[token] for token in text[:length]]
         if not given["streaming"].as_numpy()[0]:
             pieces = [[token for piece in pieces for token in piece]]

@@ -70,8 +70,12 @@ def test_sequences_of_different_lengths_decode_together(decoder, slots) -> None:
             assert close(row, plain_logits(decoder, prompts[slot]))
 
 
-def test_a_sequence_has_the_same_bits_alone_and_among_others(decoder) -> None:
-    """With FP8 a last bit may become another code, and another answer."""
+def test_a_sequence_has_the_same_bits_alone_and_among_others(decoder_folder) -> None:
+    """With FP8 a last bit may become another code, and another answer. The decoder is the one that is served."""
+    from nvlm_deploy.model.fused import fused
+    from nvlm_deploy.model.reference import decoder_from_trtllm
+
+    decoder = fused(decoder_from_trtllm(decoder_folder, torch.float32))
     tokens = [20, 33, 41]
     alone = engine_of(decoder)
     alone.prefill(0, [7] * 9, None)

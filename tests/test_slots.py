@@ -46,6 +46,7 @@ class Maker:
 RUNS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["whole", "in make", 1, 2, 3])), max_size=12)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(RUNS)
 def test_whatever_was_built_in_whatever_order_nothing_is_made_twice(runs: list[tuple[str, str | int]]) -> None:

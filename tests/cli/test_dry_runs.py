@@ -23,6 +23,8 @@ from nvlm_deploy.cli.main import app
 from nvlm_deploy.llm.engine_tool import RELEASES
 from nvlm_deploy.recipe import STEP_NAMES
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 CALIBRATION = REPOSITORY / "tests/models/calibration"
 TINY = REPOSITORY / "tests/models/nvlm-d-tiny"

@@ -61,6 +61,7 @@ def test_every_verb_has_a_help_of_its_own() -> None:
     assert [words for words, command in EVERY if not (command.help or "").strip()] == []
 
 
+@pytest.mark.slow
 def test_the_mark_of_an_image_is_in_the_help_of_ask_as_a_user_sees_it() -> None:
     program = "from nvlm_deploy.cli.main import run; run()"
     environment = {**os.environ, "COLUMNS": "80", "FORCE_COLOR": "1"}

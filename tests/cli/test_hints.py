@@ -17,6 +17,8 @@ from nvlm_deploy.cli.os_errors import machine_error
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.signature import private_key, public_key
 
+pytestmark = pytest.mark.slow
+
 # the folders that each verb reads: its first argument, or an option
 FOLDERS = [
     *([verb, "{}"] for verb in ("inspect", "verify", "serve", "build", "export-vision", "build-vision")),

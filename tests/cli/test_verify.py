@@ -97,6 +97,7 @@ def test_one_flipped_bit_in_any_file_of_a_repository_is_found_by_serve(workspace
     assert "hint: " in said
 
 
+@pytest.mark.slow
 def test_any_value_of_a_manifest_that_was_changed_is_found_by_verify_and_by_serve(workspace, capsys) -> None:
     path = workspace.repository / MANIFEST_NAME
     lines = path.read_text().splitlines(keepends=True)

@@ -18,6 +18,8 @@ from fake_triton import FakeTriton
 from nvlm_deploy.client import AnswerCancelled
 from nvlm_deploy.errors import MachineError, NvlmError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def closed_port() -> Iterator[str]:

@@ -28,6 +28,8 @@ from nvlm_deploy.model.prompt import PromptBuilder
 from nvlm_deploy.model.spec import ModelSpec, spec_from_config
 from nvlm_deploy.model.tokenizer import open_tokenizer, text_without_leftovers
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Which digit is in tile 3? Ａ ﬁ e\u0301 Ünïcödé 漢字 🙂 <tool_call> and a word<tool_call>"
 DIGITS = "How many digits are in all tiles? Read all digits in order, please answer the questions."
 

@@ -426,6 +426,7 @@ def opened(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("any") / "model"))
 
 
+@pytest.mark.slow
 @given(setting=st.sampled_from(TABLE), value=ANY_JSON)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_known_key_holds_it_is_judged_or_refused(opened: Path, setting: Any, value: Any) -> None:

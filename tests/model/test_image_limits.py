@@ -23,6 +23,8 @@ from nvlm_deploy.image_file.reading import ImageReading
 from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 
+pytestmark = pytest.mark.slow
+
 SMALL = TilingSpec(tile_size=56, min_tiles=1, max_tiles=6, use_thumbnail=True, tokens_per_tile=4)
 LIMITS = ImageLimits()
 FULL = 31 * MEBIBYTE

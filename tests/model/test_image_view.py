@@ -20,6 +20,8 @@ from nvlm_deploy.model.image_tiler import ImageTiler
 from nvlm_deploy.model.spec import TilingSpec
 from nvlm_deploy.sample_embeddings import tiles_of_file
 
+pytestmark = pytest.mark.slow
+
 SMALL = TilingSpec(tile_size=56, min_tiles=1, max_tiles=6, use_thumbnail=True, tokens_per_tile=4)
 REFERENCE = ImageReading("reference")
 RANDOM = np.random.default_rng(0)

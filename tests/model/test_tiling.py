@@ -212,6 +212,7 @@ FILES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(images=st.lists(FILES, max_size=5))
 def test_a_request_of_any_files_is_tiled_bit_for_bit_in_its_order_on_any_number_of_threads(tiler, images):

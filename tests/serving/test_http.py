@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -41,7 +43,7 @@ def ask(server, picture, tmp_path_factory):
 
     def run(script: str) -> list[dict[str, object]]:
         done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, timeout=120, check=True)
-        text = done.stdout.decode(errors="surrogateescape")  # random weights answer with any bytes
+        text = done.stdout.decode()  # random weights answer with any tokens: their text is UTF-8 all the same
         lines = [line.removeprefix("data: ") for line in text.split("\n") if line.strip()]
         return [json.loads(line) for line in lines]
 
@@ -125,3 +127,43 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "serving.md"
+
+
+def test_the_curl_lines_of_the_documentation_run_as_they_stand(server) -> None:
+    section = DOCUMENTATION.read_text().partition("## Over HTTP")[2].partition("\n## ")[0]
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    script = "\n".join(["set -e", *lines]).replace("localhost:8000", f"127.0.0.1:{server.choices.ports.http}")
+    assert script.count("curl") == 3
+    environment = {"PATH": "/usr/bin:/bin", "no_proxy": "*"}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=DOCUMENTATION.parents[1],
+        env=environment,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    answers = [json.loads(part) for part in re.findall(r"\{.*?\}", done.stdout.decode())]
+    assert len(answers) > 3
+    assert not [answer for answer in answers if "error" in answer]
+
+
+@pytest.mark.parametrize("empty", ['""', "[]", '[""]'])
+def test_an_empty_text_option_is_left_out(ask, empty) -> None:
+    plain = text_of(ask(body()))
+    for name in ("stop_words", "bad_words", "image"):
+        assert text_of(ask(body(**{name: json.loads(empty)}))) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("max_token", "max_tokens"), ("random_seed", "seed"), ("min_length", "min_tokens"), ("beam_width", "leave it out"),
+     ("timeout", "leave it out"), ("priority", "leave it out"), ("max_new_tokens", "max_tokens")],
+)  # fmt: skip
+def test_an_option_that_would_not_be_honoured_is_refused_with_the_nearest_one(ask, name, nearest) -> None:
+    (answer,) = ask(body(**{name: 5}))
+    assert f"option {name} is not known" in str(answer["error"])
+    assert nearest in str(answer["error"])

@@ -328,7 +328,7 @@ def test_two_servers_run_side_by_side_and_leave_nothing_behind(server, repositor
         shared_memory = list(Path("/dev/shm").glob(f"{second.memory_name}*"))
         assert shared_memory
         family = [psutil.Process(second.process_id), *psutil.Process(second.process_id).children(recursive=True)]
-        assert len(family) == 5
+        assert len(family) == 6
         assert second.process_id != server.process_id
     assert not [process for process in family if process.is_running()]
     assert not [path for path in shared_memory if path.exists()]

@@ -40,5 +40,6 @@ class ServingChoices:
     compute_dtype: str = "float32"
     kv_cache_dtype: str = "float32"
     threads: int = 1
+    preprocessing_instances: int = 2
     preprocessing_threads: int = 2
     engines: EngineChoices | None = None

@@ -36,6 +36,7 @@ def ensemble_configs(spec: ModelSpec, choices: ServingChoices, *, vision_digest:
 
 
 def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str) -> ModelConfig:
+    """Several instances: Triton copies a request into an instance's memory first, and others pass meanwhile."""
     parameters = {
         "max_seq_len": choices.max_seq_len,
         "max_images": choices.max_images,
@@ -49,7 +50,8 @@ def _preprocessing(spec: ModelSpec, choices: ServingChoices, vision_digest: str)
         "threads": choices.preprocessing_threads,
     }
     outputs = (_tiles(spec), *tensors.PREPARED_FOR_DECODER)
-    return replace(_python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters), decoupled=True)
+    config = _python_model(PREPROCESSING, tensors.REQUEST_INPUTS, outputs, parameters)
+    return replace(config, decoupled=True, instances=choices.preprocessing_instances)
 
 
 def _vision_encoder(spec: ModelSpec, choices: ServingChoices) -> ModelConfig:

@@ -10,7 +10,6 @@ from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.model.decoder import Decoder, LayerCache
 from nvlm_deploy.serving.kv_cache import SlottedKvCache
 
-
 # Attention over more keys that are masked gives the same bits where both numbers of keys are multiples of this: torch's
 # kernels sum in vectors of 16. So an answer does not depend on how long its neighbours are.
 SAME_BITS = 16

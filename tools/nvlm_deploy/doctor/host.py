@@ -19,7 +19,7 @@ from nvlm_deploy.triton.installation import find_installation, libpython_folder
 from nvlm_deploy.triton.server import SHARED_MEMORY, Ports
 
 GIB, MIB = 2**30, 2**20
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12")
 SERVER_WHEEL = "nvidia-pytriton"
 # what a runtime is made of, and the extra of this package that brings it; None where no package index has it
 _DISTRIBUTIONS = {
@@ -68,7 +68,7 @@ def _asked(check: str, question: Callable[[], str]) -> Finding:
 
 def _python() -> Finding:
     version = python_version()
-    fix = f"use Python {PYTHONS[0]} to {PYTHONS[-1]}: Triton's stubs are made for these"
+    fix = f"use Python {' or '.join(PYTHONS)}: the bundled server needs numpy 1.26, which has no wheel for later ones"
     return Finding("Python", version in PYTHONS, version, None if version in PYTHONS else fix)
 
 

@@ -207,7 +207,7 @@ def test_greedy_texts_over_200_prompts_are_the_same_for_every_split_of_one_calib
                     prompts.tokenizer.decode(ids)
                     for start in range(0, len(embedded), 25)
                     for ids in greedy(
-                        decoder, embedded[start : start + 25], end_id=spec.prompt.eos_token_id, max_tokens=14
+                        decoder, embedded[start : start + 25], end_ids=[spec.prompt.eos_token_id], max_tokens=14
                     )
                 ]
             )

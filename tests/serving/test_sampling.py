@@ -77,6 +77,18 @@ def test_the_end_is_impossible_before_min_tokens() -> None:
     assert tokens(SamplingSettings(min_tokens=2), 3, end_id=1) == [2, 2, 1]
 
 
+def test_no_further_end_comes_before_min_tokens_either() -> None:
+    sampler = Sampler(SamplingSettings(min_tokens=2), (), end_id=ENDLESS, further_ends=[1])
+    assert [sampler.next_token(LOGITS) for _ in range(3)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("end_id", [-1, 10**6])
+def test_an_end_id_that_no_token_has_bans_none(end_id) -> None:
+    assert tokens(SamplingSettings(min_tokens=2), 1, logits=LOGITS.flip(0), end_id=end_id) == tokens(
+        SamplingSettings(), 1, logits=LOGITS.flip(0), end_id=end_id
+    )
+
+
 def test_a_bad_word_is_never_finished() -> None:
     assert tokens(SamplingSettings(), 2, bad_words=[(1,)]) == [2, 2]
     assert tokens(SamplingSettings(), 3, bad_words=[(1, 1)]) == [1, 2, 1]

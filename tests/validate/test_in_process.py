@@ -50,16 +50,17 @@ def one_by_one(decoder: Decoder, prompt: torch.Tensor, tokens: int) -> list[int]
 def test_a_batch_of_different_lengths_answers_as_each_prompt_alone(
     decoder: Decoder, prompts: list[torch.Tensor]
 ) -> None:
-    batched = greedy(decoder, prompts, end_id=NO_END, max_tokens=10)
+    batched = greedy(decoder, prompts, end_ids=[NO_END], max_tokens=10)
     assert batched == [one_by_one(decoder, prompt, 10) for prompt in prompts]
 
 
-def test_the_end_id_ends_one_row_and_is_left_out(decoder: Decoder, prompts: list[torch.Tensor]) -> None:
-    free = greedy(decoder, prompts, end_id=NO_END, max_tokens=10)
-    end_id = free[2][4]
-    ended = greedy(decoder, prompts, end_id=end_id, max_tokens=10)
-    assert ended == [answer[: answer.index(end_id)] if end_id in answer else answer for answer in free]
+def test_any_end_id_ends_a_row_and_is_left_out(decoder: Decoder, prompts: list[torch.Tensor]) -> None:
+    free = greedy(decoder, prompts, end_ids=[NO_END], max_tokens=10)
+    ends = [free[2][4], free[0][6]]
+    ended = greedy(decoder, prompts, end_ids=ends, max_tokens=10)
+    first_ends = [min([answer.index(end) for end in ends if end in answer], default=10) for answer in free]
+    assert ended == [answer[:first] for answer, first in zip(free, first_ends, strict=True)]
 
 
 def test_max_tokens_bounds_every_row(decoder: Decoder, prompts: list[torch.Tensor]) -> None:
-    assert [len(answer) for answer in greedy(decoder, prompts, end_id=NO_END, max_tokens=1)] == [1] * 5
+    assert [len(answer) for answer in greedy(decoder, prompts, end_ids=[NO_END], max_tokens=1)] == [1] * 5

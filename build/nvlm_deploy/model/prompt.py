@@ -1,7 +1,7 @@
 """Text and images become token ids, as the released model's `chat()` does it (facts nvlm-d.md section 5).
 
 A prompt is a list of parts. A string is text and is encoded as text, whatever it contains; only a tuple of ids can hold
-a control token, and only the wrapper and the images make such tuples. So a user's `<|im_end|>` is nine characters, not
+a control token, and only the wrapper and the images make such tuples. So a user's `<|im_end|>` is ten characters, not
 the end of a turn.
 """
 

@@ -31,7 +31,7 @@ class InProcessModel:
 
     embedder: SampleEmbedder
     decoder: Decoder
-    end_id: int
+    end_ids: tuple[int, ...]
 
     @torch.inference_mode()
     def texts(self, samples: Sequence[Sample], *, max_tokens: int, batch_size: int = 16) -> Iterator[str]:
@@ -39,7 +39,7 @@ class InProcessModel:
         remaining = iter(samples)
         while batch := list(islice(remaining, batch_size)):
             prompts = [self.embedder.prompt(sample) for sample in batch]
-            for ids in greedy(self.decoder, prompts, end_id=self.end_id, max_tokens=max_tokens):
+            for ids in greedy(self.decoder, prompts, end_ids=self.end_ids, max_tokens=max_tokens):
                 yield self.embedder.prompts.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -70,7 +70,7 @@ def _model(recipe: Recipe, encode: Callable[[Tiles], Embeddings], decoder: Decod
     embedder = SampleEmbedder(
         prompts, recipe.spec.tiling, lambda tiles: _as_prompt_table(encode(tiles)), table, reading
     )
-    return InProcessModel(embedder, decoder, recipe.spec.prompt.eos_token_id)
+    return InProcessModel(embedder, decoder, recipe.spec.prompt.eos_token_ids)
 
 
 def _as_prompt_table(embeddings: Embeddings) -> Embeddings:
@@ -91,8 +91,10 @@ class GrowingCache:
         return torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)
 
 
-def greedy(decoder: Decoder, prompts: Sequence[torch.Tensor], *, end_id: int, max_tokens: int) -> list[list[int]]:
-    """The likeliest next tokens after each prompt [tokens, hidden], up to the end id (left out) or `max_tokens`.
+def greedy(
+    decoder: Decoder, prompts: Sequence[torch.Tensor], *, end_ids: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Return the likeliest next tokens after each prompt [tokens, hidden], up to an end id (left out) or `max_tokens`.
 
     Shorter prompts are padded on the left, so that every row takes its next token at the same column.
     """
@@ -102,10 +104,11 @@ def greedy(decoder: Decoder, prompts: Sequence[torch.Tensor], *, end_id: int, ma
     caches: list[LayerCache] = [GrowingCache() for _ in range(decoder.spec.layers)]
     answers: list[list[int]] = [[] for _ in prompts]
     running = torch.ones(len(prompts), dtype=torch.bool)
+    ends = torch.tensor(end_ids)
     for _ in range(max_tokens):
         hidden = decoder.hidden_states(embeddings, positions=positions, mask=mask, caches=caches)
         tokens = decoder.lm_head(hidden[:, -1]).float().argmax(-1)
-        running &= tokens != end_id
+        running &= ~torch.isin(tokens, ends)
         if not bool(running.any()):
             break
         for row in running.nonzero()[:, 0].tolist():

@@ -66,11 +66,20 @@ class Sampler:
     """Picks the tokens of one sequence, in order."""
 
     def __init__(
-        self, settings: SamplingSettings, prompt: Sequence[int], *, end_id: int, bad_words: Sequence[Word] = ()
+        self,
+        settings: SamplingSettings,
+        prompt: Sequence[int],
+        *,
+        end_id: int,
+        further_ends: Sequence[int] = (),
+        bad_words: Sequence[Word] = (),
     ) -> None:
-        """`prompt` may hold ids beyond the vocabulary (visual tokens); penalties pass over them."""
+        """`prompt` may hold ids beyond the vocabulary (visual tokens); penalties pass over them.
+
+        Neither `end_id` nor `further_ends` comes among the first `min_tokens` tokens, as in transformers.
+        """
         self.settings = settings
-        self.end_id = end_id
+        self.end_ids = (end_id, *further_ends)
         self.bad_words = tuple(bad_words)
         self.generated: list[int] = []
         self._prompt = frozenset(prompt) if settings.has_penalties else frozenset[int]()
@@ -90,7 +99,8 @@ class Sampler:
         if self.settings.has_penalties:
             self._penalise(adjusted)
         for token in self._banned():
-            adjusted[token] = -math.inf
+            if 0 <= token < adjusted.numel():  # -1 says that there is no end id
+                adjusted[token] = -math.inf
         return adjusted
 
     def _changes_logits(self) -> bool:
@@ -99,7 +109,7 @@ class Sampler:
 
     def _banned(self) -> list[int]:
         banned = [word[-1] for word in self.bad_words if ends_with(self.generated, word[:-1])]
-        return [*banned, self.end_id] if len(self.generated) < self.settings.min_tokens else banned
+        return [*banned, *self.end_ids] if len(self.generated) < self.settings.min_tokens else banned
 
     def _penalise(self, logits: torch.Tensor) -> None:
         """Repetition counts prompt and answer (Keskar et al. 2019); presence and frequency the answer only (OpenAI)."""

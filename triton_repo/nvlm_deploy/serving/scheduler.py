@@ -110,7 +110,11 @@ class _Sequence:
         self.is_done = False
         self.is_stopped = False
         self.sampler = Sampler(
-            generation.sampling, generation.prompt, end_id=generation.end_id, bad_words=generation.bad_words
+            generation.sampling,
+            generation.prompt,
+            end_id=generation.end_id,
+            further_ends=[word[0] for word in generation.stop_words if len(word) == 1],
+            bad_words=generation.bad_words,
         )
         self._next_poll = 0.0
 

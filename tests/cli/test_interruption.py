@@ -90,7 +90,7 @@ def test_a_running_server_stops_and_says_how(
     options = ["--grpc-port", ports.grpc, "--http-port", ports.http, "--metrics-port", ports.metrics]
     child = started(["serve", str(built_repository), *map(str, options)], until="ready")
     family = psutil.Process(child.pid).children(recursive=True)
-    assert len(family) == 5
+    assert len(family) == 6
     assert ended(child, number) == (code, words)
     assert not [process for process in family if process.is_running()]
 

@@ -257,6 +257,7 @@ def two_lists(tmp_path: Path) -> list[Path]:
     return folders
 
 
+@pytest.mark.needs("build")
 @pytest.mark.slow
 def test_a_calibration_outlives_one_with_another_list_finished_or_killed_in_the_middle(
     tiny_folder: Path, tmp_path: Path, two_lists: list[Path], monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from nvlm_deploy.cli.os_errors import machine_error
 from nvlm_deploy.errors import NvlmError
 from nvlm_deploy.signature import private_key, public_key
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs("build")]
 
 # the folders that each verb reads: its first argument, or an option
 FOLDERS = [

@@ -18,7 +18,7 @@ from nvlm_deploy.doctor.shared_memory import MIB, REGION_BYTES, largest_request,
 from nvlm_deploy.profile import load_profile
 from nvlm_deploy.triton.server import SHARED_MEMORY, Ports, ServerChoices, TritonServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs("build")]
 
 DOCKERS_DEFAULT = 64 * MIB
 

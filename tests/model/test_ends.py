@@ -57,6 +57,7 @@ def ends_by_transformers(folder: Path, generation: Any, llm: dict[str, Any]) -> 
     return [found] if isinstance(found, int) else list(found)
 
 
+@pytest.mark.needs("test")
 @pytest.mark.parametrize(
     ("generation", "llm"),
     [

@@ -375,6 +375,7 @@ def test_a_settings_file_that_is_no_json_is_named(folder: Path, name: str) -> No
         facts_of(folder)
 
 
+@pytest.mark.needs("build")
 def test_weights_in_another_type_are_reported(folder: Path) -> None:
     import torch
 

@@ -334,6 +334,7 @@ print(process.memory_info().rss / before)
 """
 
 
+@pytest.mark.needs("serve")
 @pytest.mark.slow
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
 def test_memory_is_back_within_a_tenth_after_several_pictures_of_80_megapixels(format_name):

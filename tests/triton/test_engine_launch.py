@@ -119,6 +119,7 @@ def told_to(path: Path) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.needs("serve")
 def test_all_ranks_run_in_the_repositorys_folder_and_end_with_the_server(container: Path, repository: Path) -> None:
     with TritonServer(repository, ServerChoices(Ports.free(), ready_timeout_s=30)) as running:
         told = [told_to(container / f"rank{rank}.json") for rank in range(2)]

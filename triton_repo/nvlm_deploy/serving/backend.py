@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_deploy.errors import MachineError, NvlmError
+from nvlm_deploy.serving.word_list import Word, unpacked_words
 from nvlm_deploy.tensors import FINISH_REASON, REQUEST_KEY, TEXT_OUTPUT, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,12 @@ def array(request: Any, spec: TensorSpec) -> NDArray[Any] | None:
     """The request's tensor as numpy, None when it was left out."""
     tensor = backend_module().get_input_tensor_by_name(request, spec.name)
     return None if tensor is None else np.asarray(tensor.as_numpy())
+
+
+def words(request: Any, spec: TensorSpec) -> tuple[Word, ...]:
+    """Return the words of a word list of TensorRT-LLM, nothing when it was left out."""
+    packed = array(request, spec)
+    return () if packed is None else unpacked_words(packed.reshape(packed.shape[-2:]), name=spec.name)
 
 
 def required_array(request: Any, spec: TensorSpec) -> NDArray[Any]:

@@ -27,7 +27,7 @@ from nvlm_deploy.serving.scheduler import Generation, Progress, Scheduler
 from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
 from nvlm_deploy.serving.stopping import StopReceiver
 from nvlm_deploy.serving.token_bytes import TokenBytes
-from nvlm_deploy.serving.word_list import Word, unpacked_words
+from nvlm_deploy.serving.word_list import Word, single_tokens
 
 # sampling inputs by their name in SamplingSettings
 _SAMPLING = {
@@ -126,7 +126,7 @@ class TritonPythonModel:
             end_id=-1 if end_id is None else int(end_id),
             table=self._prompt_table(request),
             sampling=sampling_settings(request),
-            stop_words=_words(request, tensors.STOP_WORDS_LIST),
+            stop_words=backend.words(request, tensors.STOP_WORDS_LIST),
             bad_words=self._bad_words(request),
             request_id=str(request.request_id()),
             can_be_named=backend.array(request, tensors.STOP_TEXTS) is None,
@@ -157,7 +157,7 @@ class TritonPythonModel:
         return table[0]
 
     def _bad_words(self, request: Any) -> tuple[Word, ...]:
-        words = _words(request, tensors.BAD_WORDS_LIST)
+        words = backend.words(request, tensors.BAD_WORDS_LIST)
         if any(not 0 <= token < self.vocab_size for word in words for token in word):
             raise NvlmError(f"bad_words_list holds ids outside the vocabulary of {self.vocab_size}")
         return words
@@ -181,9 +181,8 @@ def id_to_stop(request: Any) -> str:
 
 def ending_of(generation: Generation, request: Any) -> Ending:
     """Return how the answer's text ends: at any end id, and at any stop text."""
-    further = {word[0] for word in generation.stop_words if len(word) == 1}
     return Ending(
-        end_ids=frozenset({generation.end_id, *further}),
+        end_ids=frozenset({generation.end_id, *single_tokens(generation.stop_words)}),
         max_tokens=generation.max_tokens,
         stop_words=tuple(word.decode("utf-8") for word in backend.texts(request, tensors.STOP_TEXTS)),
         min_tokens=generation.sampling.min_tokens,
@@ -313,8 +312,3 @@ def require_fits(prompt_tokens: int, max_tokens: int, max_seq_len: int) -> None:
 
 def _is_set(request: Any, spec: tensors.TensorSpec) -> bool:
     return bool(backend.scalar(request, spec))
-
-
-def _words(request: Any, spec: tensors.TensorSpec) -> tuple[Word, ...]:
-    packed = backend.array(request, spec)
-    return () if packed is None else unpacked_words(packed.reshape(packed.shape[-2:]), name=spec.name)

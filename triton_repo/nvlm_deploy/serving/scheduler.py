@@ -18,7 +18,7 @@ import torch
 
 from nvlm_deploy.errors import MachineError
 from nvlm_deploy.serving.sampling import GREEDY, Sampler, SamplingSettings
-from nvlm_deploy.serving.word_list import Word, ends_with
+from nvlm_deploy.serving.word_list import Word, ends_with, single_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class _Sequence:
             generation.sampling,
             generation.prompt,
             end_id=generation.end_id,
-            further_ends=[word[0] for word in generation.stop_words if len(word) == 1],
+            further_ends=single_tokens(generation.stop_words),
             bad_words=generation.bad_words,
         )
         self._next_poll = 0.0

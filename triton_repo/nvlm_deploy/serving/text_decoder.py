@@ -22,7 +22,7 @@ from nvlm_deploy.serving.answer_text import AnswerText, Ending, Piece
 from nvlm_deploy.serving.settings import TOKENIZER_FILE, ServingSettings
 from nvlm_deploy.serving.stopping import StopReceiver
 from nvlm_deploy.serving.token_bytes import TokenBytes
-from nvlm_deploy.serving.word_list import unpacked_words
+from nvlm_deploy.serving.word_list import single_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -188,12 +188,9 @@ def called(request_id: str, inputs: list[Any]) -> Iterator[Any]:
 
 def ending_of(request: Any) -> Ending:
     """Return how the answer's text ends: at any end id, and at any stop text."""
-    words = backend.array(request, tensors.STOP_WORDS_LIST)
-    further = (
-        () if words is None else unpacked_words(words.reshape(words.shape[-2:]), name=tensors.STOP_WORDS_LIST.name)
-    )
+    further = single_tokens(backend.words(request, tensors.STOP_WORDS_LIST))
     return Ending(
-        end_ids=frozenset({int(backend.scalar(request, tensors.END_ID)), *(word[0] for word in further)}),
+        end_ids=frozenset({int(backend.scalar(request, tensors.END_ID)), *further}),
         max_tokens=int(backend.scalar(request, tensors.REQUEST_OUTPUT_LEN)),
         stop_words=tuple(word.decode("utf-8") for word in backend.texts(request, tensors.STOP_TEXTS)),
         min_tokens=int(backend.scalar(request, tensors.DECODER_MIN_TOKENS) or 0),

@@ -37,6 +37,11 @@ def unpacked_words(packed: NDArray[Any], *, name: str) -> tuple[Word, ...]:
     return tuple(words)
 
 
+def single_tokens(words: Sequence[Word]) -> list[int]:
+    """Return the ids of the words of one token: as stop words they are further end ids."""
+    return [word[0] for word in words if len(word) == 1]
+
+
 def ends_with(tokens: Sequence[int], word: Word) -> bool:
     """Whether `word` is the tail of `tokens`."""
     return len(word) <= len(tokens) and tuple(tokens[len(tokens) - len(word) :]) == word

@@ -60,7 +60,12 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; returns at once."""
         for request in requests:
-            relayed = Relayed(request, request.get_response_sender())
+            sender = request.get_response_sender()
+            try:
+                relayed = Relayed(request, sender)
+            except Exception as problem:  # a tensor of another size, from a caller that is not the ensemble
+                backend.send_last(sender, backend.error_response(problem))
+                continue
             self.by_key[relayed.key] = relayed
             self.starting.submit(self._start, relayed)
 
